@@ -124,10 +124,17 @@ class LocalProtocolError(TransportError):
 
 
 class LimitExceeded(LocalProtocolError):
-    """A size, count or rank is over its limit. `limit_name`, `value` and `limit` say which, in bytes or counts."""
+    """A size, count or rank is over its limit: `value` (bytes or a count) over `limit`, named `limit_name`."""
 
     def __init__(
-        self, message: str, *, limit_name: str = "", value: int = 0, limit: int = 0, peer: str = "", remedy: str = ""
+        self,
+        message: str,
+        *,
+        limit_name: str = "",
+        value: int = 0,
+        limit: int = 0,
+        peer: str = "",
+        remedy: str = "",
     ) -> None:
         super().__init__(message, peer=peer, remedy=remedy)
         self.limit_name = limit_name

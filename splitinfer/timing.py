@@ -15,7 +15,7 @@ __all__ = ["Span", "Timeline", "perf_counter"]
 
 
 class Span(NamedTuple):
-    """One stretch of one phase. `layer` is -1 outside the layers; `where` is "" here, else a node's address."""
+    """One stretch of one phase. `layer` is -1 outside the layers; `where` is "" here, else a node."""
 
     phase: str
     layer: int
