@@ -1,0 +1,362 @@
+"""Gemma 4's text model with its mixture of experts, in one reading. Reference: transformers' `models/gemma4`.
+
+Shape letters: rows (of all sequences in the step), H hidden_size, N query heads, V key/value heads,
+D head_dim, E num_experts, K top_k_experts, I intermediate sizes.
+
+    x ─ norm ─ attention ─ norm ─ + ─┬─ norm ─ dense MLP ─ norm ──── + ─ norm ─ + ─ × layer_scalar
+                                  x  ├─ router ─ top K ┐             │       x
+                                     └─ norm ──────────┴─ experts ─ norm
+
+Everything but attention is row-wise, so several sequences share a step; attention runs per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from splitinfer.errors import UsageError
+from splitinfer.model.attention import Block, Rotation, attend, plan_blocks, rotary_frequencies, rotation
+from splitinfer.model.cache import KVCache
+from splitinfer.model.compute import compute
+from splitinfer.model.config import ModelConfig
+from splitinfer.model.experts import Experts
+from splitinfer.model.weights import Checkpoint
+from splitinfer.timing import Timeline, perf_counter
+
+__all__ = ["Gemma", "Segment"]
+
+Linear = Callable[[Tensor], Tensor]  # [rows, in] to [rows, out], in whatever format the weights are
+
+
+class Segment(NamedTuple):
+    """The rows of one sequence in a step: token_ids [n] int64, at the positions that follow the cache's."""
+
+    token_ids: Tensor
+    cache: KVCache
+
+
+class Routed(NamedTuple):
+    """What the router hands on: the residual and both branches' inputs [rows, H], the choice [rows, K]."""
+
+    residual: Tensor
+    dense_input: Tensor
+    expert_input: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
+
+
+class _Part(NamedTuple):
+    """One sequence's share of a step: rows `lo` to `hi` of it, from position `start` on."""
+
+    lo: int
+    hi: int
+    start: int
+    cache: KVCache
+    blocks: dict[str, list[Block]]  # by layer type
+
+
+class _Step(NamedTuple):
+    """What all layers share in a step."""
+
+    parts: list[_Part]
+    rotations: dict[str, Rotation]  # by layer type
+    timeline: Timeline | None
+
+    def record(self, phase: str, layer: int, start: float) -> float:
+        """Ends a span that began at `start`; returns the present, where the next may begin."""
+        now = perf_counter()
+        if self.timeline is not None:
+            self.timeline.add(phase, layer, start, now)
+        return now
+
+
+class _Weights:
+    """Takes one prefix's tensors from a checkpoint, in the format that the arithmetic wants."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.device = device
+        self.dtype = dtype
+
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.checkpoint.tensor(self.prefix + name).to(self.device, dtype or self.dtype)
+
+    def linear(self, name: str) -> Linear:
+        return partial(F.linear, weight=self.plain(name + ".weight"))
+
+    def norm(self, name: str) -> Linear:
+        """RMSNorm in float32 with one rounding to x's dtype, as the reference computes it."""
+        weight = self.plain(name + ".weight", torch.float32)
+        return partial(_norm, weight=weight, eps=self.checkpoint.config.rms_norm_eps)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+
+class _Attention:
+    """Grouped-query attention with normalised queries, keys and values."""
+
+    def __init__(self, weights: _Weights, config: ModelConfig, layer: int) -> None:
+        shape = config.attention[layer]
+        self.layer = layer
+        self.kind = shape.layer_type
+        self.heads = config.num_attention_heads
+        self.kv_heads = shape.num_key_value_heads
+        self.head_dim = shape.head_dim
+        self.eps = config.rms_norm_eps
+        projections = ["q_proj", "k_proj"] if shape.k_eq_v else ["q_proj", "k_proj", "v_proj"]
+        self.k_eq_v = shape.k_eq_v
+        self.projections = [weights.linear(f"self_attn.{name}") for name in projections]
+        q_norm = weights.plain("self_attn.q_norm.weight", torch.float32)
+        k_norm = weights.plain("self_attn.k_norm.weight", torch.float32)
+        # One factor per head for queries and keys together [N + V, D]: one product where there would be two.
+        self.qk_scale = torch.cat((q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)))
+        self.output = weights.linear("self_attn.o_proj")
+
+    def __call__(self, x: Tensor, step: _Step) -> Tensor:
+        """x [rows, H] to [rows, H]; appends to every part's cache."""
+        projected = torch.cat([projection(x) for projection in self.projections], dim=-1)
+        heads = projected.float().view(len(x), -1, self.head_dim)  # N + V + V, or N + V where keys are values
+        normed = F.rms_norm(heads, (self.head_dim,), None, self.eps)
+        both = self.heads + self.kv_heads
+        turned = step.rotations[self.kind].apply(normed[:, :both] * self.qk_scale).to(x.dtype)
+        # Values have a norm without weight and are not turned; with k_eq_v they come from the key projection.
+        values = normed[:, self.heads if self.k_eq_v else both :].to(x.dtype)
+        attended = []
+        for part in step.parts:
+            keys, seen_values = part.cache.append(
+                self.layer,
+                part.start,
+                turned[part.lo : part.hi, self.heads :].transpose(0, 1),
+                values[part.lo : part.hi].transpose(0, 1),
+            )
+            queries = turned[part.lo : part.hi, : self.heads]
+            attended.append(attend(queries, keys, seen_values, part.blocks[self.kind]))
+        return self.output(attended[0] if len(attended) == 1 else torch.cat(attended))
+
+
+class _Mlp:
+    """The gated feed-forward network that every row passes."""
+
+    def __init__(self, weights: _Weights) -> None:
+        self.gate = weights.linear("mlp.gate_proj")
+        self.up = weights.linear("mlp.up_proj")
+        self.down = weights.linear("mlp.down_proj")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.gate(x), approximate="tanh").mul_(self.up(x)))
+
+
+class _Router:
+    """Chooses K experts per row. In float32 throughout: a rounding here would choose another expert."""
+
+    def __init__(self, weights: _Weights, config: ModelConfig) -> None:
+        self.top_k = config.top_k_experts
+        scale = weights.plain("router.scale", torch.float32) * config.hidden_size**-0.5
+        self.proj = weights.plain("router.proj.weight", torch.float32) * scale  # [E, H]
+        self.per_expert_scale = weights.plain("router.per_expert_scale", torch.float32)
+
+    def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """normed [rows, H] float32 (RMS norm without weight) to index and weights, both [rows, K]."""
+        # The reference normalises K of E softmax terms: the same as a softmax over the K.
+        scores, index = torch.topk(F.linear(normed, self.proj), self.top_k, dim=-1)
+        return index, torch.softmax(scores, dim=-1) * self.per_expert_scale[index]
+
+
+class _Layer:
+    """One decoder layer. `route` runs before the experts, `dense` beside them, `combine` after."""
+
+    def __init__(self, weights: _Weights, config: ModelConfig, layer: int) -> None:
+        self.index = layer
+        self.eps = config.rms_norm_eps
+        self.attention = _Attention(weights, config, layer)
+        self.mlp = _Mlp(weights)
+        self.input_norm = weights.norm("input_layernorm")
+        self.post_attention_norm = weights.norm("post_attention_layernorm")
+        self.post_feedforward_norm = weights.norm("post_feedforward_layernorm")
+        self.scalar = float(weights.plain("layer_scalar", torch.float32))
+        self.dense_scale = weights.plain("pre_feedforward_layernorm.weight", torch.float32)
+        self.router: _Router | None = None
+        if config.enable_moe_block:
+            self.router = _Router(weights, config)
+            self.expert_scale = weights.plain("pre_feedforward_layernorm_2.weight", torch.float32)
+            self.dense_norm = weights.norm("post_feedforward_layernorm_1")
+            self.expert_norm = weights.norm("post_feedforward_layernorm_2")
+
+    def attend(self, x: Tensor, step: _Step) -> Tensor:
+        return x + self.post_attention_norm(self.attention(self.input_norm(x), step))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """RMS norm without weight, float32: three norms of the reference differ only in their weights."""
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+
+    def route(self, x: Tensor, router: _Router, step: _Step) -> Routed:
+        start = perf_counter()
+        x = self.attend(x, step)
+        start = step.record("attention", self.index, start)
+        normed = self.normed(x)
+        index, weights = router(normed)
+        dense_input = (normed * self.dense_scale).to(x.dtype)
+        expert_input = (normed * self.expert_scale).to(x.dtype)
+        step.record("router", self.index, start)
+        return Routed(x, dense_input, expert_input, index, weights)
+
+    def dense(self, x: Tensor, step: _Step) -> Tensor:
+        start = perf_counter()
+        x = self.dense_norm(self.mlp(x))
+        step.record("dense", self.index, start)
+        return x
+
+    def combine(self, residual: Tensor, dense: Tensor, moe: Tensor, step: _Step) -> Tensor:
+        start = perf_counter()
+        x = (residual + self.post_feedforward_norm(dense + self.expert_norm(moe))) * self.scalar
+        step.record("dense", self.index, start)
+        return x
+
+    def without_experts(self, x: Tensor, step: _Step) -> Tensor:
+        """The whole layer of a model that has no mixture of experts."""
+        start = perf_counter()
+        x = self.attend(x, step)
+        start = step.record("attention", self.index, start)
+        mlp = self.mlp((self.normed(x) * self.dense_scale).to(x.dtype))
+        x = (x + self.post_feedforward_norm(mlp)) * self.scalar
+        step.record("dense", self.index, start)
+        return x
+
+
+class Gemma:
+    """The text model without its experts' weights: those are reached through `experts`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, experts: Experts | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        config = checkpoint.config
+        if config.enable_moe_block and experts is None:
+            raise UsageError("a model with a mixture of experts needs experts")
+        self.config = config
+        self.experts = experts
+        self.device = device
+        self.dtype = dtype
+        weights = _Weights(checkpoint, "", device, dtype)
+        self._embedding = weights.plain("embed_tokens.weight")
+        # The reference rounds the factor to the weights' dtype: 53.0 for 53.07 in bfloat16.
+        self._embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=dtype))
+        self._norm = weights.norm("norm")
+        self._head = partial(F.linear, weight=self._embedding)
+        if not config.tie_word_embeddings:
+            self._head = partial(F.linear, weight=weights.plain("lm_head.weight"))
+        self._layers = [
+            _Layer(_Weights(checkpoint, f"layers.{i}.", device, dtype), config, i)
+            for i in range(config.num_hidden_layers)
+        ]
+        self._kinds = {attention.layer_type: attention for attention in config.attention}
+        self._frequencies = {k: rotary_frequencies(attention, device) for k, attention in self._kinds.items()}
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        experts: Experts | None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Gemma:
+        """Everything but the experts, from the mapped checkpoint. `dtype` None computes in the stored one."""
+        with torch.inference_mode():
+            return cls(checkpoint, experts, torch.device(device), dtype or checkpoint.dtype)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache of this model's shapes, on its device."""
+        return KVCache(self.config, self.device, self.dtype)
+
+    async def forward(self, segments: Sequence[Segment], *, timeline: Timeline | None = None) -> Tensor:
+        """Final hidden states [rows, H] of all segments' rows, in order; every cache grows by its rows.
+
+        A failed or cancelled call takes its rows back from the caches. Raises UsageError for no rows, for a
+        token id outside the vocabulary and for a sequence beyond the context.
+        """
+        token_ids = self._token_ids(segments)
+        rows = len(token_ids)
+        starts: list[tuple[KVCache, int]] = []
+        try:
+            for segment in segments:
+                starts.append((segment.cache, segment.cache.begin(len(segment.token_ids))))
+            step = await compute(rows, self._plan, starts, segments, timeline)
+            x = await compute(rows, self._embed, token_ids)
+            for layer in self._layers:
+                x = await self._layer(layer, x, step)
+            return await compute(rows, self._norm, x)
+        except BaseException:
+            for cache, start in starts:
+                cache.abandon(start)
+            raise
+
+    def logits(self, hidden: Tensor, *, timeline: Timeline | None = None) -> Tensor:
+        """Soft-capped logits [rows, vocab_size] float32 of final hidden states [rows, H]."""
+        start = perf_counter()
+        with torch.inference_mode():
+            logits = self._head(hidden).float()
+            cap = self.config.final_logit_softcapping
+            if cap is not None:
+                logits = logits.div_(cap).tanh_().mul_(cap)
+        if timeline is not None:
+            timeline.add("head", -1, start, perf_counter())
+        return logits
+
+    async def _layer(self, layer: _Layer, x: Tensor, step: _Step) -> Tensor:
+        rows = len(x)
+        if layer.router is None or self.experts is None:
+            return await compute(rows, layer.without_experts, x, step)
+        to = await compute(rows, layer.route, x, layer.router, step)
+        routed = self.experts.dispatch(layer.index, to.expert_input, to.top_k_index, to.top_k_weights)
+        try:
+            dense = await compute(rows, layer.dense, to.dense_input, step)
+        except BaseException:
+            cancel = getattr(routed, "cancel", None)
+            if cancel is not None:
+                cancel()
+            raise
+        moe = await routed
+        return await compute(rows, layer.combine, to.residual, dense, moe.to(self.device), step)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self._embedding) * self._embedding_scale
+
+    def _token_ids(self, segments: Sequence[Segment]) -> Tensor:
+        if not segments or not all(len(segment.token_ids) for segment in segments):
+            raise UsageError("a step needs at least one token in every segment")
+        parts = [segment.token_ids for segment in segments]
+        token_ids = parts[0] if len(parts) == 1 else torch.cat(parts)
+        low, high = token_ids.aminmax()
+        if int(low) < 0 or int(high) >= self.config.vocab_size:
+            wrong = int(low) if int(low) < 0 else int(high)
+            raise UsageError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
+        return token_ids.to(self.device)
+
+    def _plan(
+        self,
+        starts: Sequence[tuple[KVCache, int]],
+        segments: Sequence[Segment],
+        timeline: Timeline | None,
+    ) -> _Step:
+        parts, positions, lo = [], [], 0
+        for (cache, start), segment in zip(starts, segments, strict=True):
+            n = len(segment.token_ids)
+            blocks = {}
+            for kind, shape in self._kinds.items():
+                group = self.config.num_attention_heads // shape.num_key_value_heads
+                blocks[kind] = plan_blocks(start, n, shape.window, group, self.dtype, self.device)
+            parts.append(_Part(lo, lo + n, start, cache, blocks))
+            positions.append(torch.arange(start, start + n, device=self.device))
+            lo += n
+        where = positions[0] if len(positions) == 1 else torch.cat(positions)
+        rotations = {kind: rotation(f, where) for kind, f in self._frequencies.items()}
+        return _Step(parts, rotations, timeline)

@@ -1,0 +1,245 @@
+"""A checkpoint directory: every tensor name mapped in one place, every shape checked before the first use.
+
+Tensors are known here by their names below the text model ("layers.3.self_attn.q_proj.weight"), whatever
+prefix the files use; tensors of vision and audio towers are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from splitinfer.errors import CheckpointError, UnsupportedModelError, UsageError
+from splitinfer.model.config import ModelConfig, load_config, read_json
+from splitinfer.model.mapped import DTYPES, MappedFile, TensorEntry
+
+__all__ = ["Checkpoint", "canonical_name", "expected_tensors"]
+
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "multi_modal_projector.")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+FINGERPRINT_VERSION = b"splitinfer-1"
+SAMPLE_NBYTES = 64  # one cache line at each place
+SAMPLES = 4  # places per tensor: a fine-tune moves nearly every weight, so few are enough
+# Parts of ModelConfig that say how the file was written, not what it computes.
+NOT_ARITHMETIC = ("model_type", "dtype", "bos_token_id", "eos_token_ids")
+
+
+def canonical_name(name: str) -> str | None:
+    """The name below the text model, or None for a tensor of another tower or a table computed here."""
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            name = name[len(prefix) :]
+            break
+    return None if name.startswith((*TOWERS, "rotary_emb.")) else name
+
+
+def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor the model has, in the order of the forward pass."""
+    hidden, inter = config.hidden_size, config.intermediate_size
+    yield "embed_tokens.weight", (config.vocab_size, hidden)
+    for i, attention in enumerate(config.attention):
+        layer = f"layers.{i}."
+        q_size = config.num_attention_heads * attention.head_dim
+        kv_size = attention.num_key_value_heads * attention.head_dim
+        yield layer + "input_layernorm.weight", (hidden,)
+        yield layer + "self_attn.q_proj.weight", (q_size, hidden)
+        yield layer + "self_attn.k_proj.weight", (kv_size, hidden)
+        if not attention.k_eq_v:
+            yield layer + "self_attn.v_proj.weight", (kv_size, hidden)
+        yield layer + "self_attn.q_norm.weight", (attention.head_dim,)
+        yield layer + "self_attn.k_norm.weight", (attention.head_dim,)
+        yield layer + "self_attn.o_proj.weight", (hidden, q_size)
+        yield layer + "post_attention_layernorm.weight", (hidden,)
+        yield layer + "pre_feedforward_layernorm.weight", (hidden,)
+        yield layer + "mlp.gate_proj.weight", (inter, hidden)
+        yield layer + "mlp.up_proj.weight", (inter, hidden)
+        yield layer + "mlp.down_proj.weight", (hidden, inter)
+        if config.enable_moe_block:
+            experts, moe = config.num_experts, config.moe_intermediate_size
+            yield layer + "router.scale", (hidden,)
+            yield layer + "router.proj.weight", (experts, hidden)
+            yield layer + "router.per_expert_scale", (experts,)
+            yield layer + "pre_feedforward_layernorm_2.weight", (hidden,)
+            yield layer + "experts.gate_up_proj", (experts, 2 * moe, hidden)
+            yield layer + "experts.down_proj", (experts, hidden, moe)
+            yield layer + "post_feedforward_layernorm_1.weight", (hidden,)
+            yield layer + "post_feedforward_layernorm_2.weight", (hidden,)
+        yield layer + "post_feedforward_layernorm.weight", (hidden,)
+        yield layer + "layer_scalar", (1,)
+    yield "norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+class Checkpoint:
+    """A checkpoint in the Hugging Face layout, validated and mapped; no weight is read by opening it."""
+
+    def __init__(self, path: Path, config: ModelConfig, located: dict[str, tuple[MappedFile, str]]) -> None:
+        self.path = path
+        self.config = config
+        self._located = located
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Opens directory `path`.
+
+        Raises CheckpointError, naming file and tensor, for anything missing, cut short or of another shape
+        than the configuration says; UnsupportedModelError for what is not implemented.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            what = "is not a directory" if directory.exists() else "does not exist"
+            raise CheckpointError(
+                f"{directory} {what}",
+                path=str(directory),
+                remedy="Name a model directory in the Hugging Face layout (config.json and *.safetensors).",
+            )
+        config = load_config(directory)
+        located: dict[str, tuple[MappedFile, str]] = {}
+        for stored, file in _locate(directory):
+            name = canonical_name(stored)
+            if name is not None:
+                located[name] = (file, stored)
+        _check(config, located, directory)
+        return cls(directory, config, located)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are stored in (the embedding's, where they differ)."""
+        return DTYPES[self.entry("embed_tokens.weight").dtype]
+
+    def entry(self, name: str) -> TensorEntry:
+        """Shape, stored dtype and place of the tensor, without touching it. `name` as in `tensor`."""
+        file, stored = self._find(name)
+        return file.entries[stored]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor by its name below the text model, a view on the mapped file; do not write to it."""
+        file, stored = self._find(name)
+        return file.tensor(stored)
+
+    def expert_slice(self, layer: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts lo..hi-1 of one layer: gate_up_proj [hi-lo, 2*I, H] and down_proj [hi-lo, H, I], views.
+
+        Raises UsageError for a layer or range that the model does not have.
+        """
+        if not 0 <= layer < self.config.num_hidden_layers or not 0 <= lo < hi <= self.config.num_experts:
+            raise UsageError(
+                f"layer {layer}, experts {lo}-{hi - 1}: the model has {self.config.num_hidden_layers} layers "
+                f"of {self.config.num_experts} experts"
+            )
+        prefix = f"layers.{layer}.experts."
+        return self.tensor(prefix + "gate_up_proj")[lo:hi], self.tensor(prefix + "down_proj")[lo:hi]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits that tell this model's weights from any other's, alike whatever part one loads.
+
+        BLAKE2b over the configuration's arithmetic, each tensor's name, dtype and shape, and a few samples
+        of its bytes. Prefixes, sharding and the configuration's spelling do not enter.
+        """
+        digest = hashlib.blake2b(FINGERPRINT_VERSION, digest_size=16)
+        arithmetic = {k: v for k, v in asdict(self.config).items() if k not in NOT_ARITHMETIC}
+        digest.update(json.dumps(arithmetic, sort_keys=True).encode())
+        for name in sorted(name for name, _ in expected_tensors(self.config)):
+            file, stored = self._located[name]
+            entry = file.entries[stored]
+            digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
+            digest.update(file.sample(stored, SAMPLE_NBYTES, SAMPLES))
+        return digest.hexdigest()
+
+    def _find(self, name: str) -> tuple[MappedFile, str]:
+        if name not in self._located:
+            raise CheckpointError(f"{self.path} has no tensor {name}", path=str(self.path))
+        return self._located[name]
+
+
+def _locate(directory: Path) -> Iterator[tuple[str, MappedFile]]:
+    """Every stored tensor name with its file, by the index where there is one."""
+    index = directory / INDEX
+    if not index.is_file():
+        file = MappedFile(_single(directory))
+        yield from ((name, file) for name in file.entries)
+        return
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map", path=str(index), remedy="Fetch the file again.")
+    names = sorted({str(name) for name in weight_map.values()})
+    absent = [name for name in names if not _plain(name) or not (directory / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index} names {len(names)} files, {len(absent)} of them missing: {', '.join(absent[:3])}",
+            path=str(directory / absent[0]),
+            remedy="Fetch the missing files into the directory.",
+        )
+    files = {name: MappedFile(directory / name) for name in names}
+    for stored, name in weight_map.items():
+        if stored not in files[name].entries:
+            raise CheckpointError(
+                f"{directory / name} has no tensor {stored}, though {INDEX} places it there",
+                path=str(directory / name),
+                remedy="Fetch the index and its files again, from one revision.",
+            )
+        yield stored, files[name]
+
+
+def _plain(name: str) -> bool:
+    """A file name without a path: an index may not lead out of its directory."""
+    return name not in ("", ".", "..") and Path(name).name == name
+
+
+def _single(directory: Path) -> Path:
+    if (directory / SINGLE).is_file():
+        return directory / SINGLE
+    pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+    raise CheckpointError(
+        f"{directory} holds neither {SINGLE} nor {INDEX}",
+        path=str(directory),
+        remedy="Save the model as safetensors: pickled files are not read."
+        if pickled
+        else "Fetch the weights.",
+    )
+
+
+def _check(config: ModelConfig, located: dict[str, tuple[MappedFile, str]], directory: Path) -> None:
+    """Raises for a tensor that is missing, misshapen or of a kind nobody here computes with."""
+    shapes = dict(expected_tensors(config))
+    for name, (file, stored) in located.items():
+        if name not in shapes and not (name == "lm_head.weight" and config.tie_word_embeddings):
+            raise UnsupportedModelError(
+                f"{file.path}: tensor {stored} belongs to no implemented part of the model",
+                feature=name,
+                path=str(file.path),
+                remedy="Use a plain Gemma 4 text checkpoint, with fused expert tensors and merged adapters.",
+            )
+    for name, shape in shapes.items():
+        if name not in located:
+            raise CheckpointError(
+                f"{directory}: tensor {name} is missing",
+                path=str(directory),
+                remedy="Fetch the weights again, or check that config.json belongs to them.",
+            )
+        file, stored = located[name]
+        dtype, found = file.entries[stored].dtype, file.entries[stored].shape
+        if found != shape:
+            raise CheckpointError(
+                f"{file.path}: tensor {stored} has shape {list(found)}, config.json asks for {list(shape)}",
+                path=str(file.path),
+                remedy="Use the config.json that belongs to these weights.",
+            )
+        if dtype not in DTYPES:
+            raise UnsupportedModelError(
+                f"{file.path}: tensor {stored} has dtype {dtype}, which is not implemented",
+                feature=f"dtype={dtype}",
+                path=str(file.path),
+                remedy=f"Use a checkpoint in {', '.join(sorted(DTYPES))}.",
+            )
