@@ -1,11 +1,11 @@
 """Who may talk: the shared token, its challenge in both directions, and the rule for open ports.
 
 Token. Both ends hold the same secret, read from a file or the environment, never from the command line. It
-does not travel: each end proves that it knows it by an HMAC-SHA256 over both ends' nonces (RFC 2104;
-challenge and response as in ISO/IEC 9798-4, mutual). The role is part of the message, so that a proof cannot
-be reflected, and so is the channel: under TLS the SHA-256 of the server's certificate, so that a proof given
-to one server is worth nothing at another. (RFC 9266's `tls-exporter` would bind to the very session; Python's
-ssl does not offer it.)
+does not travel: each end proves that it knows it by an HMAC-SHA256 (RFC 2104) over everything both have said
+so far, their nonces first of all (challenge and response in both directions, as in ISO/IEC 9798-4). The role
+is part of the message, so that a proof cannot be reflected, and so is the channel: under TLS the SHA-256 of
+the server's certificate, so that a proof given to one server is worth nothing at another. (RFC 9266's
+`tls-exporter` would bind to the very session; Python's ssl does not offer it.)
 
 The client proves first: a server does nothing for a stranger but compare 32 bytes, in constant time, before
 any tensor is parsed. Certificates and TLS are in `certificates.py`; the threat model is in docs/security.md.
@@ -23,32 +23,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-from splitinfer.errors import AuthenticationError, ConfigError, UsageError
+from splitinfer.errors import ConfigError, UsageError
 
 __all__ = [
     "MIN_TOKEN_NBYTES",
-    "NONCE_NBYTES",
     "PROOF_NBYTES",
     "Role",
     "Token",
+    "TokenAuthenticator",
     "check_exposure",
-    "check_proof",
     "is_loopback",
     "load_token",
-    "new_nonce",
-    "prove",
     "refuse_readable_by_others",
 ]
 
 Role = Literal["client", "server"]
 
-NONCE_NBYTES: Final = 32
 PROOF_NBYTES: Final = 32
 # A server that only pretends sees one proof and can try tokens against it at leisure: 16 random bytes end
 # that.
 MIN_TOKEN_NBYTES: Final = 16
 _MAX_TOKEN_NBYTES: Final = 4096
-_CONTEXT: Final = b"splitinfer token proof 1"
+_CONTEXT: Final = b"splitinfer token proof 1\0"
 _MAKE_ONE: Final = "make one with `splitinfer cert`, or `openssl rand -hex 32 > token; chmod 600 token`"
 
 
@@ -129,36 +125,26 @@ def refuse_readable_by_others(file: Path) -> None:
         )
 
 
-def new_nonce() -> bytes:
-    """A nonce for one handshake."""
-    return secrets.token_bytes(NONCE_NBYTES)
+class TokenAuthenticator:
+    """Proves and checks knowledge of one token: what the handshake asks for (`handshake.Authenticator`)."""
 
+    __slots__ = ("_token",)
 
-def prove(token: Token, role: Role, client_nonce: bytes, server_nonce: bytes, binding: bytes = b"") -> bytes:
-    """The proof, `PROOF_NBYTES` long, that the end in this role knows the token.
+    def __init__(self, token: Token) -> None:
+        self._token = token
 
-    `binding` is what identifies the channel to both ends (see `certificates.channel_binding`), empty without
-    TLS.
-    """
-    # Every field has a fixed length, or is hashed to one: no two different inputs make the same message.
-    message = b"\0".join((_CONTEXT, role.encode().ljust(8), hashlib.sha256(binding).digest()))
-    return token.mac(message + _nonce(client_nonce) + _nonce(server_nonce))
+    def prove(self, role: Role, transcript: bytes) -> bytes:
+        """The proof, `PROOF_NBYTES` long, that the end in this role knows the token.
 
+        `transcript` is what both ends have said so far, nonces included, and what identifies their channel
+        (`certificates.channel_binding`).
+        """
+        # Fields of fixed length: no two different inputs make the same message.
+        return self._token.mac(_CONTEXT + role.encode().ljust(8, b"\0") + hashlib.sha256(transcript).digest())
 
-def check_proof(
-    proof: bytes, token: Token, role: Role, client_nonce: bytes, server_nonce: bytes, binding: bytes = b""
-) -> None:
-    """Raise AuthenticationError unless `proof` is what the peer in `role` has to send. In constant time."""
-    if not hmac.compare_digest(proof, prove(token, role, client_nonce, server_nonce, binding)):
-        raise AuthenticationError(
-            f"the {role} does not know the token", remedy="give both ends the same token file"
-        )
-
-
-def _nonce(nonce: bytes) -> bytes:
-    if len(nonce) != NONCE_NBYTES:
-        raise AuthenticationError(f"a nonce has {NONCE_NBYTES} bytes, this one has {len(nonce)}")
-    return nonce
+    def verify(self, role: Role, transcript: bytes, proof: bytes) -> bool:
+        """True where `proof` is what the peer in `role` had to send; compared in constant time."""
+        return hmac.compare_digest(proof, self.prove(role, transcript))
 
 
 def is_loopback(host: str) -> bool:
