@@ -1,0 +1,42 @@
+"""A model by path or by Hugging Face id: what is on this machine first, the network only for an id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from splitinfer.errors import CheckpointError
+
+__all__ = ["resolve_model"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Weights as safetensors, settings, tokenizer: nothing that could hold code or a pickle.
+FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The directory of `model`: the path itself, or a download of the hub id `owner/name`.
+
+    Raises CheckpointError for what is neither on this machine nor reachable.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if not isinstance(model, str) or not HUB_ID.fullmatch(model):
+        raise CheckpointError(
+            f"{model} does not exist",
+            path=str(model),
+            remedy="Name a model directory, or a Hugging Face id such as owner/name.",
+        )
+    # Imported here: it takes half a second, and most starts never need the hub.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(FILES)))
+    except (RepositoryNotFoundError, HFValidationError):
+        what, remedy = "there is no such model, or it needs a login", "Check the id, or run `hf auth login`."
+    except (LocalEntryNotFoundError, OSError) as error:
+        what = f"the hub cannot be reached ({type(error).__name__})"
+        remedy = "Copy the model's directory to this machine and name its path."
+    raise CheckpointError(f"{model}: no such directory here, and {what}", path=model, remedy=remedy)

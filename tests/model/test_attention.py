@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from splitinfer.model.attention import BLOCK_ROWS, attend, plan_blocks, rotary_frequencies, rotation
+from splitinfer.model.config import AttentionConfig, RopeConfig
+
+CPU = torch.device("cpu")
+
+
+def naive(queries: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None) -> Tensor:
+    """Row by row and head by head, float64; keys of all positions from 0 on."""
+    n, heads, dim = queries.shape
+    group = heads // keys.shape[0]
+    out = torch.zeros(n, heads, dim, dtype=torch.float64)
+    for row in range(n):
+        position = start + row
+        first = 0 if window is None else max(0, position - window + 1)
+        for head in range(heads):
+            k, v = (t[head // group, first : position + 1].double() for t in (keys, values))
+            out[row, head] = torch.softmax(k @ queries[row, head].double(), dim=0) @ v
+    return out.reshape(n, heads * dim)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize(("start", "rows"), [(0, 1), (0, 200), (3, 1), (3, 150), (90, 1), (90, 7), (90, 130)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (6, 3), (8, 1)])
+def test_attention(window: int | None, start: int, rows: int, heads: int, kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(rows, heads, 8, generator=generator)
+    keys, values = torch.randn(2, kv_heads, start + rows, 8, generator=generator)
+    seen = start if window is None else min(start, window - 1)
+    blocks = plan_blocks(start, rows, window, heads // kv_heads, torch.float32, CPU)
+    found = attend(queries, keys[:, start - seen :], values[:, start - seen :], blocks)
+    expected = naive(queries, keys, values, start, window)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_bound_the_mask_and_skip_what_the_window_hides() -> None:
+    blocks = plan_blocks(4000, 1000, 100, 8, torch.float32, CPU)
+    assert [b.row for b in blocks] == list(range(0, 1000, BLOCK_ROWS // 8))
+    assert all(b.key_end - b.key <= 99 + BLOCK_ROWS // 8 for b in blocks)
+    masks = [b.mask for b in blocks if b.mask is not None]
+    assert len(masks) == len(blocks)
+    assert all(mask.numel() <= BLOCK_ROWS * (99 + BLOCK_ROWS // 8) for mask in masks)
+    assert plan_blocks(4000, 1, None, 8, torch.float32, CPU)[0].mask is None
+
+
+@pytest.mark.parametrize("rope", [RopeConfig("default", 1e4), RopeConfig("proportional", 1e6, 0.25, 2.0)])
+def test_rotation_turns_pairs_by_position(rope: RopeConfig) -> None:
+    dim = 16
+    shape = AttentionConfig("full_attention", dim, 1, None, True, rope)
+    frequencies = rotary_frequencies(shape, CPU)
+    x = torch.randn(3, 2, dim)
+    turned = rotation(frequencies, torch.tensor([0, 7, 1000])).apply(x)
+    turning = dim // 2 if rope.rope_type == "default" else int(0.25 * dim // 2)
+    for row, position in enumerate([0, 7, 1000]):
+        for pair in range(dim // 2):
+            angle = 0.0
+            if pair < turning:
+                angle = position * rope.rope_theta ** (-2 * pair / dim) / rope.factor
+            a, b = x[row, :, pair], x[row, :, pair + dim // 2]
+            c, s = math.cos(angle), math.sin(angle)
+            torch.testing.assert_close(turned[row, :, pair], a * c - b * s, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(turned[row, :, pair + dim // 2], b * c + a * s, atol=1e-4, rtol=1e-4)

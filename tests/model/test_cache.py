@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitinfer.errors import UsageError
+from splitinfer.model.cache import MARGIN, ROLLBACK, KVCache
+from splitinfer.model.config import ModelConfig, load_config
+from tests.checkpoints import tiny_config, write_checkpoint
+
+WINDOW, SLIDING, FULL = 8, 0, 3
+BUFFER = WINDOW - 1 + ROLLBACK + MARGIN
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    directory: Path = tmp_path_factory.mktemp("cache") / "model"
+    return load_config(write_checkpoint(directory, tiny_config(max_position_embeddings=5000)))
+
+
+def step(cache: KVCache, rows: int, marks: list[int], mark: int) -> None:
+    """Appends rows whose keys are their mark, values its negative, and checks all that they see."""
+    start = cache.begin(rows)
+    marks[start:] = [mark] * rows
+    for layer, reach in ((SLIDING, WINDOW - 1), (FULL, None)):
+        heads, dim = (3, 8) if layer == SLIDING else (1, 16)
+        new = torch.full((heads, rows, dim), float(mark))
+        keys, values = cache.append(layer, start, new, -new)
+        first = 0 if reach is None else max(0, start - reach)
+        assert keys.shape == (heads, start + rows - first, dim)
+        assert keys[0, :, 0].tolist() == marks[first:]
+        assert torch.equal(values, -keys)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1, 1, 2, 5, 30, 100, MARGIN, BUFFER, 700]), st.integers(0, ROLLBACK)),
+        min_size=1,
+        max_size=25,
+    )
+)
+def test_any_sequence_of_steps_and_rollbacks(config: ModelConfig, steps: list[tuple[int, int]]) -> None:
+    cache, marks = KVCache(config), []
+    for mark, (rows, back) in enumerate(steps, start=1):
+        if cache.length + rows > 5000:
+            return
+        step(cache, rows, marks, mark)
+        cache.truncate(cache.length - min(back, rows))
+        del marks[cache.length :]
+
+
+def test_memory_of_sliding_layers_is_bounded(config: ModelConfig) -> None:
+    cache = KVCache(config)
+    marks: list[int] = []
+    assert cache.nbytes == 0
+    for mark in range(40):
+        step(cache, 100, marks, mark)
+    sliding = 2 * 3 * 8 * BUFFER * 4
+    full = 2 * 1 * 16 * 4 * 4000
+    assert cache.nbytes <= sliding + full * 1.3
+
+
+def test_short_sequences_take_little(config: ModelConfig) -> None:
+    cache = KVCache(config)
+    step(cache, 3, [], 1)
+    assert cache.nbytes <= 2 * 4 * 256 * (3 * 8 + 16)
+
+
+def test_rollback_beyond_the_margin_is_refused_and_changes_nothing(config: ModelConfig) -> None:
+    cache, marks = KVCache(config), []
+    step(cache, 1000, marks, 1)
+    with pytest.raises(UsageError, match="no longer holds what position 900 needs") as caught:
+        cache.truncate(900)
+    assert str(ROLLBACK) in caught.value.remedy
+    assert cache.length == 1000
+    step(cache, 1, marks, 2)
+
+
+@pytest.mark.parametrize("length", [-1, 11])
+def test_truncate_only_shortens(config: ModelConfig, length: int) -> None:
+    cache = KVCache(config)
+    step(cache, 10, [], 1)
+    with pytest.raises(UsageError, match=f"cannot keep {length} of 10"):
+        cache.truncate(length)
+
+
+def test_truncate_to_nothing_always_works(config: ModelConfig) -> None:
+    cache = KVCache(config)
+    step(cache, 2000, [], 1)
+    cache.truncate(0)
+    step(cache, 50, [], 2)
+
+
+def test_an_interrupted_prefill_cannot_be_continued_unnoticed(config: ModelConfig) -> None:
+    """A large block has replaced the window of one layer when the step fails: the rows before it are gone."""
+    cache, marks = KVCache(config), []
+    step(cache, 20, marks, 1)
+    start = cache.begin(1000)
+    new = torch.zeros(3, 1000, 8)
+    cache.append(SLIDING, start, new, new)
+    cache.abandon(start)
+    assert cache.length == 20
+    with pytest.raises(UsageError, match="position 20"):
+        cache.begin(1)
+
+
+def test_a_layer_that_missed_rows_is_noticed(config: ModelConfig) -> None:
+    cache = KVCache(config)
+    cache.begin(4)
+    start = cache.begin(1)
+    with pytest.raises(UsageError, match="rows 0-3 were never computed"):
+        cache.append(FULL, start, torch.zeros(1, 1, 16), torch.zeros(1, 1, 16))
+
+
+def test_the_context_is_a_limit(config: ModelConfig) -> None:
+    cache = KVCache(config)
+    cache.begin(4999)
+    with pytest.raises(UsageError, match="5001 tokens are more than the model's context of 5000"):
+        cache.begin(2)
+    assert cache.length == 4999

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+
+from splitinfer.model.compute import INLINE_ROWS, compute, submit
+
+
+def where() -> tuple[str, bool]:
+    return threading.current_thread().name, torch.is_inference_mode_enabled()
+
+
+def test_few_rows_run_here_and_many_on_the_compute_thread() -> None:
+    async def both() -> list[tuple[str, bool]]:
+        return [await compute(INLINE_ROWS, where), await compute(INLINE_ROWS + 1, where)]
+
+    here, beside = asyncio.run(both())
+    assert here == (threading.current_thread().name, True)
+    assert beside[0].startswith("splitinfer-compute")
+    assert beside[1]
+
+
+def test_the_loop_moves_while_many_rows_compute() -> None:
+    async def main() -> int:
+        turns = 0
+        job = asyncio.ensure_future(compute(INLINE_ROWS + 1, time.sleep, 0.1))
+        while not job.done():
+            turns += 1
+            await asyncio.sleep(0.005)
+        return turns
+
+    assert asyncio.run(main()) >= 5
+
+
+def test_jobs_keep_their_order() -> None:
+    done: list[int] = []
+
+    async def main() -> None:
+        await asyncio.gather(*(submit(done.append, i) for i in range(50)))
+
+    asyncio.run(main())
+    assert done == list(range(50))
+
+
+def test_a_cancelled_caller_waits_for_the_job() -> None:
+    """However often it is cancelled: the job may be writing to the caller's cache."""
+    finished: list[bool] = []
+
+    def job() -> None:
+        time.sleep(0.1)
+        finished.append(True)
+
+    async def main() -> None:
+        task = asyncio.create_task(compute(INLINE_ROWS + 1, job))
+        for _ in range(3):
+            await asyncio.sleep(0.01)
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert finished
+
+    asyncio.run(main())
+
+
+def test_errors_arrive() -> None:
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(compute(1000, lambda: 1 // 0))

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from splitinfer.errors import PlacementError, UsageError
+from splitinfer.model.compute import INLINE_ROWS
+from splitinfer.model.experts import ExpertBank, LocalExperts
+from splitinfer.model.weights import Checkpoint
+from splitinfer.timing import Timeline
+from tests.checkpoints import tiny_config, write_checkpoint
+
+LAYER, EXPERTS, HIDDEN = 2, 11, 48
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write_checkpoint(tmp_path_factory.mktemp("experts") / "model"))
+
+
+def routing(rows: int, k: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, HIDDEN, generator=generator)
+    index = torch.rand(rows, EXPERTS, generator=generator).topk(k, dim=-1).indices
+    return x, index, torch.rand(rows, k, generator=generator)
+
+
+def reference(checkpoint: Checkpoint, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """One expert of one row at a time, in float64."""
+    gate_up, down = (t.double() for t in checkpoint.expert_slice(LAYER, 0, EXPERTS))
+    total = torch.zeros(x.shape, dtype=torch.float64)
+    for row, (ids, factors) in enumerate(zip(index.tolist(), weights.tolist(), strict=True)):
+        for expert, factor in zip(ids, factors, strict=True):
+            if expert != -1:
+                gate, up = (gate_up[expert] @ x[row].double()).chunk(2)
+                inner = torch.nn.functional.gelu(gate, approximate="tanh") * up
+                total[row] += factor * (down[expert] @ inner)
+    return total
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_weighted_sum(checkpoint: Checkpoint, rows: int, k: int) -> None:
+    bank = ExpertBank(checkpoint, {LAYER: range(EXPERTS)})
+    x, index, weights = routing(rows, k)
+    found = bank.forward(LAYER, x, index, weights)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), reference(checkpoint, x, index, weights), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int16])
+def test_parts_sum_to_the_whole(checkpoint: Checkpoint, rows: int, index_dtype: torch.dtype) -> None:
+    """Uneven, out of order, one part unused: each takes its own experts, -1 stands for the others'."""
+    x, index, weights = routing(rows)
+    whole = ExpertBank(checkpoint, {LAYER: range(EXPERTS)}).forward(LAYER, x, index, weights)
+    total = torch.zeros_like(whole)
+    for ids in ([10, 3, 4], [0, 1, 2, 5, 7], [6, 9], [8]):
+        bank = ExpertBank(checkpoint, {LAYER: ids})
+        own = torch.where(torch.isin(index, torch.tensor(ids)), index, -1).to(index_dtype)
+        total += bank.forward(LAYER, x, own, weights)
+    torch.testing.assert_close(total, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_chose_nobody_here_are_zero(checkpoint: Checkpoint) -> None:
+    bank = ExpertBank(checkpoint, {LAYER: [4]})
+    x, index, weights = routing(3)
+    index = torch.tensor([[-1, -1, -1], [-1, 4, -1], [-1, -1, -1]])
+    found = bank.forward(LAYER, x, index, weights)
+    assert not found[0].any()
+    assert found[1].any()
+    assert not bank.forward(LAYER, x[:1], index[:1], weights[:1]).any()
+    assert bank.forward(LAYER, x[:0], index[:0], weights[:0]).shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_is_not_held_is_refused(checkpoint: Checkpoint, rows: int) -> None:
+    bank = ExpertBank(checkpoint, {LAYER: range(5)})
+    x, index, weights = routing(rows)
+    for wrong in (5, 11, -2, 1 << 20):
+        with pytest.raises(PlacementError, match=f"expert {wrong} of layer 2 is not held here"):
+            bank.forward(LAYER, x, torch.full_like(index, wrong), weights)
+    with pytest.raises(PlacementError, match="layer 0 is not held here"):
+        bank.forward(0, x, index, weights)
+    with pytest.raises(UsageError, match="experts 11-11"):
+        ExpertBank(checkpoint, {LAYER: [11]})
+
+
+def test_one_rounding(tmp_path: Path) -> None:
+    """In bfloat16 each expert's output is rounded by its product, the sum once: not once per expert."""
+    path = write_checkpoint(tmp_path / "model", tiny_config(dtype="bfloat16"))
+    bank = ExpertBank(Checkpoint.open(path), {LAYER: range(EXPERTS)})
+    x, index, weights = routing(5, k=8)
+    x = x.bfloat16()
+    wide = bank.forward(LAYER, x, index, weights, out_dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    narrow = bank.forward(LAYER, x, index, weights)
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, wide.bfloat16())
+    assert not torch.equal(narrow.float(), wide)
+
+
+def test_dtype_converts_the_weights(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "model", tiny_config(dtype="bfloat16")))
+    x, index, weights = routing(4)
+    found = ExpertBank(checkpoint, {LAYER: range(EXPERTS)}, dtype=torch.float32)
+    expected = reference(checkpoint, x, index, weights)
+    torch.testing.assert_close(
+        found.forward(LAYER, x, index, weights).double(), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_bank_holds_no_more_than_its_experts(tmp_path: Path) -> None:
+    """Resident after every expert held was used: its own shard, not its neighbours' pages."""
+    config = tiny_config(num_experts=64, hidden_size=512, moe_intermediate_size=256, num_hidden_layers=2)
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "model", config))
+    process = psutil.Process()
+    before = process.memory_info().rss
+    bank = ExpertBank(checkpoint, {0: range(16, 32), 1: range(16, 32)})
+    assert bank.nbytes == 2 * 16 * 3 * 256 * 512 * 4
+    x, weights = torch.randn(16, 512), torch.ones(16, 1)
+    for layer in range(2):
+        bank.forward(layer, x, torch.arange(16, 32).unsqueeze(1), weights)
+    resident = process.memory_info().rss - before
+    assert 0.9 * bank.nbytes < resident < 1.1 * bank.nbytes + (4 << 20)
+
+
+@pytest.mark.parametrize("rows", [1, INLINE_ROWS + 1])
+def test_local_experts(checkpoint: Checkpoint, rows: int) -> None:
+    timeline = Timeline()
+    bank = ExpertBank(checkpoint, {LAYER: range(EXPERTS)})
+    experts = LocalExperts(bank, timeline)
+    x, index, weights = routing(rows)
+
+    async def call() -> Tensor:
+        return await experts.dispatch(LAYER, x, index, weights)
+
+    assert torch.equal(asyncio.run(call()), bank.forward(LAYER, x, index, weights))
+    assert [(span.phase, span.layer) for span in timeline.spans] == [("experts", LAYER)]
