@@ -114,7 +114,8 @@ def near(name: str, size: int, value: float = 1.0) -> Planned:
 
 
 def embedding_tensors(vocab: int) -> list[Planned]:
-    return [matrix("embed_tokens.weight", vocab, HIDDEN, std=0.02), near("norm.weight", HIDDEN)]
+    """Small embeddings and a large last norm: with tied weights a larger one repeats its input for ever."""
+    return [matrix("embed_tokens.weight", vocab, HIDDEN, std=0.005), near("norm.weight", HIDDEN, 4.0)]
 
 
 def layer_tensors(layer: int, full: bool, experts: int) -> list[Planned]:
