@@ -156,8 +156,8 @@ class StreamDecoder:
 
     def _give(self, text: str) -> str:
         piece = text[len(self._tokenizer.decode(self._context)) :]
-        if piece:  # special tokens have no text and give no context
-            self._context = self._held
+        # Tokens without text (special ones, a space that a decoder drops) give no context by themselves.
+        self._context = self._held if piece else [*self._context, *self._held][-MAX_HELD:]
         self._held = []
         return piece
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -88,6 +88,7 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=30))
+@example(text=" ")
 def test_streamed_pieces_make_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     decoder = tokenizer.stream()
