@@ -1,0 +1,125 @@
+"""The four frames before any call: who is there, what each accepts, proof of the token, the server's info.
+
+    client  HELLO    {agent, nonce, limits, encodings}
+    server  HELLO    {agent, nonce, limits, encodings, auth}
+    client  AUTH     {proof}
+    server  WELCOME  {proof, info}
+
+The client proves first, so that a server tells a stranger nothing. Each proof covers both HELLOs as they were
+sent, and the TLS channel where there is one: nobody in between can change a limit or take an encoding away.
+No I/O.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Final, Literal, Protocol
+
+from splitinfer.errors import (
+    AuthenticationError,
+    DeadlineExceeded,
+    Overloaded,
+    RemoteError,
+    RemoteProtocolError,
+    TransportError,
+    VersionMismatch,
+)
+from splitinfer.transport.frames import Limits
+
+__all__ = ["MAX_HELLO", "NONCE_NBYTES", "Authenticator", "Hello", "Role", "error_from", "error_map"]
+
+Role = Literal["client", "server"]
+NONCE_NBYTES: Final = 32
+MAX_HELLO: Final = 4096  # bytes of meta from a stranger
+_MAX_TEXT: Final = 2000
+
+
+class Authenticator(Protocol):
+    """Knows the token. `transcript` is both HELLO metas and the channel binding, in this order."""
+
+    def prove(self, role: Role, transcript: bytes) -> bytes:
+        """The proof that this side, in this role, knows the token."""
+
+    def verify(self, role: Role, transcript: bytes, proof: bytes) -> bool:
+        """True where `proof` is what the other side, in `role`, had to send; compared in constant time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """One side's first frame. `encodings` are those that it can decode; 0, the bytes as they are, always."""
+
+    nonce: bytes
+    limits: Limits
+    agent: str = ""
+    encodings: frozenset[int] = field(default_factory=frozenset)
+    auth: bool = False
+
+    def to_map(self) -> dict[str, Any]:
+        return {
+            "agent": self.agent,
+            "nonce": self.nonce,
+            "limits": asdict(self.limits),
+            "encodings": sorted(self.encodings),
+            "auth": self.auth,
+        }
+
+    @classmethod
+    def from_map(cls, content: dict[str, Any]) -> Hello:
+        """Unknown keys are ignored, so that some can be added. Raises RemoteProtocolError."""
+        agent, nonce = content.get("agent", ""), content.get("nonce")
+        encodings, auth = content.get("encodings", []), content.get("auth", False)
+        if type(nonce) is not bytes or len(nonce) != NONCE_NBYTES:
+            raise RemoteProtocolError(f"the peer's HELLO has no nonce of {NONCE_NBYTES} bytes")
+        if type(agent) is not str or type(auth) is not bool:
+            raise RemoteProtocolError("the peer's HELLO is not as the protocol says")
+        if type(encodings) is not list or not all(
+            type(code) is int and 0 <= code < 256 for code in encodings
+        ):
+            raise RemoteProtocolError("the peer's HELLO lists encodings that are no numbers below 256")
+        return cls(nonce, _limits(content.get("limits")), agent, frozenset(encodings), auth)
+
+
+def _limits(content: Any) -> Limits:
+    if type(content) is not dict:
+        raise RemoteProtocolError("the peer's HELLO has no limits")
+    values: dict[str, int] = {}
+    for name in (entry.name for entry in fields(Limits)):
+        value = content.get(name)
+        if type(value) is not int or not 0 < value < 1 << 63:
+            raise RemoteProtocolError(f"the peer's HELLO has no {name}")
+        values[name] = value
+    return Limits(**values)
+
+
+def error_map(error: BaseException) -> dict[str, str]:
+    """What an ERROR frame says of an exception: `code`, `message`, `remedy`.
+
+    Anything that is not of splitinfer's own tree is told by type and text, without a traceback.
+    """
+    code, remedy = "failed", getattr(error, "remedy", "")
+    if isinstance(error, RemoteError):
+        code = error.code
+    for kind, name in _CODES.items():
+        if isinstance(error, kind):
+            code = name
+    message = str(error) if hasattr(error, "remedy") else f"{type(error).__name__}: {error}"
+    return {"code": code[:64], "message": message[:_MAX_TEXT], "remedy": remedy[:_MAX_TEXT]}
+
+
+def error_from(content: dict[str, Any], peer: str) -> TransportError:
+    """The exception for an ERROR frame's map."""
+    code, message, remedy = (str(content.get(key, ""))[:_MAX_TEXT] for key in ("code", "message", "remedy"))
+    kind = {name: kind for kind, name in _CODES.items()}.get(code)
+    text = f"{peer}: {message or code}" if peer else message or code
+    if kind is None or kind is VersionMismatch:
+        return RemoteError(text, code=code, peer=peer, remedy=remedy)
+    return kind(text, peer=peer, remedy=remedy)
+
+
+_CODES: Final[dict[type[TransportError], str]] = {
+    Overloaded: "overloaded",
+    AuthenticationError: "authentication",
+    DeadlineExceeded: "deadline",
+    RemoteProtocolError: "protocol",
+    VersionMismatch: "version",
+}

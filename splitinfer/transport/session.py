@@ -1,0 +1,342 @@
+"""The client's side of one connection, from the first byte to the last, and the calls that wait on it."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil, inf
+from time import monotonic
+from typing import Any, Final, Self
+
+from splitinfer.errors import (
+    AuthenticationError,
+    ConnectError,
+    ConnectionLost,
+    DeadlineExceeded,
+    LinkError,
+    LocalProtocolError,
+    TransportError,
+)
+from splitinfer.transport.addresses import Address
+from splitinfer.transport.config import ClientConfig
+from splitinfer.transport.deadlines import Deadlines
+from splitinfer.transport.endpoints import dial
+from splitinfer.transport.frames import ERROR, ITEM, PONG, REPLY, WELCOME
+from splitinfer.transport.handshake import error_from
+from splitinfer.transport.inbox import Message
+from splitinfer.transport.protocol import Connection
+from splitinfer.transport.sockets import Link
+from splitinfer.transport.tensors import Array
+from splitinfer.transport.tls import TlsStream
+
+__all__ = ["Reply", "Session", "SingleCall", "Stats", "StreamCall"]
+
+_MAX_MS: Final = (1 << 32) - 1
+
+
+@dataclass(slots=True)
+class Reply:
+    """An answer: tensors, and a map of plain values beside them. Received ones hold `Tensor`s."""
+
+    tensors: Sequence[Any] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Stats:
+    """What went over the wire, in bytes with everything included; calls made; connections opened."""
+
+    sent_nbytes: int = 0
+    received_nbytes: int = 0
+    calls: int = 0
+    connects: int = 0
+
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(
+            self.sent_nbytes + other.sent_nbytes,
+            self.received_nbytes + other.received_nbytes,
+            self.calls + other.calls,
+            self.connects + other.connects,
+        )
+
+
+class SingleCall(asyncio.Future[Reply]):
+    """A call in flight. A future that knows its session, so that cancelling it reaches the server."""
+
+    __slots__ = ("deadline", "id", "method", "session", "timeout")
+
+    def __init__(self, method: str, timeout: float, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self.method = method
+        self.timeout = timeout
+        self.deadline = monotonic() + timeout
+        self.session: Session | None = None
+        self.id = 0
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        if self.session is not None:
+            self.session.forget(self)
+        return super().cancel(msg)
+
+    def take(self, message: Message) -> bool:
+        """An answer has come; True where it is the last one."""
+        if message.kind == REPLY:
+            if not self.done():
+                self.set_result(Reply(message.tensors or [], message.meta))
+            return True
+        if message.kind == ERROR:
+            assert self.session is not None
+            self.fail(error_from(message.meta, self.session.connection.peer))
+            return True
+        self.fail(LocalProtocolError(f"{self.method!r} answers with a stream", remedy="Use channel.stream."))
+        assert self.session is not None
+        self.session.forget(self)
+        return False
+
+    def fail(self, error: Exception) -> None:
+        if not self.done():
+            self.set_exception(error)
+
+
+class StreamCall:
+    """A call with many answers. Holds what has come and was not asked for yet: the credit bounds it."""
+
+    __slots__ = (
+        "_came",
+        "_error",
+        "_loop",
+        "_over",
+        "_waiter",
+        "deadline",
+        "id",
+        "method",
+        "session",
+        "timeout",
+    )
+
+    def __init__(self, method: str, timeout: float, loop: asyncio.AbstractEventLoop) -> None:
+        self.method = method
+        self.timeout = timeout
+        self.deadline = monotonic() + timeout
+        self.session: Session | None = None
+        self.id = 0
+        self._loop = loop
+        self._came: deque[Reply] = deque()
+        self._over = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def take(self, message: Message) -> bool:
+        """As SingleCall's. A method that answers once is a stream of one."""
+        kind = message.kind
+        if kind in (ITEM, REPLY):
+            self._came.append(Reply(message.tensors or [], message.meta))
+        elif kind == ERROR:
+            assert self.session is not None
+            self._error = error_from(message.meta, self.session.connection.peer)
+        self._over = kind != ITEM
+        self._wake()
+        return self._over
+
+    def fail(self, error: Exception) -> None:
+        self._error = self._error or error
+        self._over = True
+        self._wake()
+
+    async def next(self) -> Reply | None:
+        """The next answer, None after the last one. Raises what ended the stream early, after what came."""
+        while not self._came:
+            if self._error is not None:
+                raise self._error
+            if self._over:
+                return None
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        if self.session is not None and not self._over:
+            self.session.allow(self)
+        return self._came.popleft()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Session:
+    """One open connection. `link.closed` says that it is gone; its calls have failed by then."""
+
+    def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        self.connection = connection
+        self.calls: dict[int, SingleCall | StreamCall] = {}
+        self.link: Link
+        self._loop = loop
+        self._calls_made = 0
+        self._opened: asyncio.Future[None] = loop.create_future()
+        self._deadlines = Deadlines(loop, self._sweep)
+        self._pings: dict[int, tuple[float, asyncio.Future[float]]] = {}
+        self._last_ping = 0
+
+    @classmethod
+    async def open(cls, address: str, config: ClientConfig, loop: asyncio.AbstractEventLoop) -> Self:
+        """Connect and shake hands. Raises ConnectError, AuthenticationError, VersionMismatch, and so on."""
+        try:
+            async with asyncio.timeout(config.connect_timeout):
+                return await cls._open(address, config, loop)
+        except TimeoutError as error:
+            if isinstance(error, TransportError):
+                raise
+            raise ConnectError(
+                f"{address}: no answer within {config.connect_timeout:g} s",
+                peer=address,
+                remedy="Check host, port and firewall.",
+            ) from None
+
+    @classmethod
+    async def _open(cls, address: str, config: ClientConfig, loop: asyncio.AbstractEventLoop) -> Self:
+        target = Address.parse(address)
+        sock = await dial(target)
+        try:
+            if config.shape is not None:
+                sock = await config.shape(sock)
+            tls = None
+            if config.tls is not None:
+                name = config.server_name or target.name
+                tls = TlsStream(sock, config.tls, server_side=False, server_name=name)
+                await _handshake(tls, address, loop)
+        except BaseException:
+            sock.close()
+            raise
+        connection = Connection(
+            "client",
+            limits=config.limits,
+            authenticator=config.authenticator,
+            binding=tls.binding if tls else b"",
+            codec=config.codec() if config.codec else None,
+            peer=address,
+        )
+        session = cls(connection, loop)
+        session.link = Link(loop, sock, connection, session, tls)
+        try:
+            await session._opened
+        except BaseException:
+            session.link.abort(ConnectionLost("given up", peer=address))
+            raise
+        return session
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self.connection.info
+
+    @property
+    def stats(self) -> Stats:
+        connection = self.connection
+        return Stats(connection.outbox.sent_nbytes, connection.inbox.nbytes, self._calls_made, 0)
+
+    def begin(
+        self, call: SingleCall | StreamCall, tensors: Sequence[Array], meta: dict[str, Any] | None
+    ) -> None:
+        """Send a call's request now. Raises LocalProtocolError, Overloaded: then nothing was sent."""
+        left = min(max(ceil(call.timeout * 1000), 1), _MAX_MS)
+        id = call.id = self.connection.request(call.method, tensors, meta or {}, left)
+        call.session = self
+        self.calls[id] = call
+        self._calls_made += 1
+        self.link.flush()
+        if call.deadline < self._deadlines.at:
+            self._deadlines.watch(call.deadline)
+
+    def forget(self, call: SingleCall | StreamCall) -> None:
+        """Nobody waits for this call any more: tell the server, unless it has answered."""
+        if self.calls.pop(call.id, None) is call:
+            self.connection.cancel(call.id)
+            self.link.flush()
+
+    def allow(self, call: StreamCall) -> None:
+        """One more answer of a stream may come."""
+        self.connection.credit(call.id, 1)
+        self.link.flush()
+
+    async def ping(self) -> float:
+        self._last_ping += 1
+        id, pong = self._last_ping, asyncio.Future[float](loop=self._loop)
+        self._pings[id] = monotonic(), pong
+        self.connection.ping(id)
+        self.link.flush()
+        try:
+            return await pong
+        finally:
+            self._pings.pop(id, None)
+
+    def close(self, why: str) -> None:
+        self.link.abort(ConnectionLost(why, peer=self.connection.peer))
+
+    # ---- what the link tells
+
+    def on_message(self, message: Message) -> None:
+        call = self.calls.get(message.id)
+        if message.kind == PONG:
+            sent, pong = self._pings.get(message.id, (0.0, None))
+            if pong is not None and not pong.done():
+                pong.set_result(monotonic() - sent)
+        elif message.kind == WELCOME:
+            if not self._opened.done():
+                self._opened.set_result(None)
+        elif call is not None and call.take(message):
+            self.calls.pop(message.id, None)
+
+    def on_lost(self, error: TransportError) -> None:
+        self._deadlines.close()
+        if not self._opened.done():
+            # Nothing was under way yet, so nothing was lost.
+            lost = isinstance(error, ConnectionLost)
+            self._opened.set_exception(
+                ConnectError(str(error), peer=error.peer, remedy=error.remedy) if lost else error
+            )
+        calls, self.calls = self.calls, {}
+        for call in calls.values():
+            call.fail(self._lost(error))
+        for _, pong in self._pings.values():
+            if not pong.done():
+                pong.set_exception(self._lost(error))
+
+    def _lost(self, error: TransportError) -> LinkError:
+        """A fresh exception for each call: they are raised in different places."""
+        lost = ConnectionLost(str(error), peer=self.connection.peer, remedy=error.remedy)
+        lost.__cause__ = error
+        return lost
+
+    def _sweep(self, now: float) -> float:
+        earliest = inf
+        for call in list(self.calls.values()):
+            if call.deadline <= now:
+                self.forget(call)
+                peer = self.connection.peer
+                call.fail(
+                    DeadlineExceeded(
+                        f"{peer} did not answer {call.method!r} within {call.timeout:.3g} s",
+                        timeout=call.timeout,
+                        peer=peer,
+                    )
+                )
+            else:
+                earliest = min(earliest, call.deadline)
+        return earliest
+
+
+async def _handshake(tls: TlsStream, address: str, loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        await tls.handshake(loop)
+    except ssl.SSLCertVerificationError as error:
+        raise AuthenticationError(
+            f"{address}: its certificate is not trusted ({error.verify_message})",
+            peer=address,
+            remedy="Check the fingerprint or the authority that you trust.",
+        ) from None
+    except OSError as error:
+        raise ConnectError(
+            f"{address}: no TLS connection ({getattr(error, 'reason', None) or error})",
+            peer=address,
+            remedy="Check that both sides use TLS.",
+        ) from None

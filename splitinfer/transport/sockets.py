@@ -1,0 +1,182 @@
+"""Byte streams on the event loop: one Link drives one Connection over one non-blocking socket.
+
+`add_reader` with `recv_into`, and `sendmsg` straight from the caller: the bytes of a call are in the kernel
+before `start` returns, and nothing lies between the kernel and the memory a tensor lives in. TLS is the same
+code over `ssl.MemoryBIO`. docs/transport.md has what the other ways cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final, Protocol
+
+from splitinfer.errors import (
+    ConnectionLost,
+    PeerError,
+    TransportError,
+)
+from splitinfer.transport.inbox import Message
+from splitinfer.transport.outbox import Piece
+from splitinfer.transport.protocol import TICK_SECONDS, Connection
+from splitinfer.transport.tls import TlsStream
+
+__all__ = ["Link", "Owner"]
+
+_READS_PER_EVENT: Final = 8  # then the other connections have their turn
+_MAX_PIECES: Final = 512  # the kernel takes 1024 at once (IOV_MAX)
+
+
+class Stream(Protocol):
+    """Non-blocking bytes. Both raise BlockingIOError where nothing can be done now, OSError when broken."""
+
+    def recv_into(self, buffer: memoryview, /) -> int: ...
+    def sendmsg(self, buffers: Sequence[Piece], /) -> int: ...
+
+
+class Owner(Protocol):
+    """Whoever a Link works for. Called on the event loop, never from within the owner's own calls."""
+
+    def on_message(self, message: Message) -> None: ...
+    def on_lost(self, error: TransportError) -> None: ...
+
+
+class Link:
+    """Moves bytes between a socket and a Connection until either ends; then tells the owner once."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        connection: Connection,
+        owner: Owner,
+        tls: TlsStream | None = None,
+    ) -> None:
+        self.connection = connection
+        self.closed = False
+        self._loop = loop
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._stream: Stream = tls or sock
+        self._tls = tls
+        self._owner = owner
+        self._outbox = connection.outbox
+        self._writing = self._paused = False
+        self._idle: asyncio.Future[None] | None = None
+        loop.add_reader(self._fd, self._readable)
+        self._timer = loop.call_later(TICK_SECONDS, self._tick)
+        if tls is not None:
+            loop.call_soon(self._read_rest)
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand what waits to the kernel, as far as it takes it; the rest goes when it can."""
+        if self._writing or self.closed:
+            return
+        outbox = self._outbox
+        try:
+            while outbox.nbytes or (self._tls is not None and self._tls.unsent):
+                pieces = outbox.pieces()
+                if len(pieces) > _MAX_PIECES:
+                    pieces = pieces[:_MAX_PIECES]
+                outbox.sent(self._stream.sendmsg(pieces))
+        except BlockingIOError:
+            self._writing = True
+            self._loop.add_writer(self._fd, self._writable)
+            if self.connection.role == "server" and self.connection.choked:
+                self._paused = True
+                self._loop.remove_reader(self._fd)
+        except OSError as error:
+            # Not from within the owner's own call: it hears of it in the next turn of the loop.
+            self._loop.call_soon(self.abort, _lost(error, self.connection.peer))
+
+    def _writable(self) -> None:
+        self._writing = False
+        self._loop.remove_writer(self._fd)
+        self.flush()
+        if self._paused and not self.connection.choked and not self.closed:
+            self._paused = False
+            self._loop.add_reader(self._fd, self._readable)
+            self._loop.call_soon(self._read_rest)
+        if self._idle is not None and not self._outbox.nbytes and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _readable(self) -> None:
+        connection = self.connection
+        try:
+            for _ in range(_READS_PER_EVENT):
+                buffer = connection.buffer()
+                nbytes = self._stream.recv_into(buffer)
+                if not nbytes:
+                    self.abort(connection.eof())
+                    return
+                for message in connection.received(nbytes):
+                    self._owner.on_message(message)
+                if self._outbox.nbytes:
+                    self.flush()
+                # Less than asked for: there is no more.
+                if nbytes < len(buffer) and (self._tls is None or not self._tls.more):
+                    return
+                if self.closed or self._paused:
+                    return
+        except BlockingIOError:
+            return
+        except TransportError as error:
+            self._refuse(error)
+            return
+        except OSError as error:
+            self.abort(_lost(error, connection.peer))
+            return
+        if self._tls is not None and self._tls.more:
+            self._loop.call_soon(self._read_rest)
+
+    def _read_rest(self) -> None:
+        """What TLS holds already, no event tells of."""
+        if not self.closed and not self._paused:
+            self._readable()
+
+    def _tick(self) -> None:
+        # Counting ticks, not seconds: one that comes late says that this loop was busy, not that the peer was
+        # silent, and what the peer sent meanwhile is read before the next one.
+        self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
+        try:
+            self.connection.tick()
+        except TransportError as error:
+            self.abort(error)
+            return
+        self.flush()
+
+    def _refuse(self, error: TransportError) -> None:
+        """The peer broke the rules: say so if the socket takes it, and go."""
+        if self.connection.role == "server" and isinstance(error, PeerError):
+            with suppress(OSError, TransportError):
+                self.connection.error(0, error)
+                self.flush()
+        self.abort(error)
+
+    async def drained(self) -> None:
+        """Returns once everything that waits is with the kernel."""
+        while self._outbox.nbytes and not self.closed:
+            self._idle = self._loop.create_future()
+            await self._idle
+
+    def abort(self, error: TransportError) -> None:
+        """Close now, whatever is under way, and tell the owner why."""
+        if self.closed:
+            return
+        self.closed = True
+        self._timer.cancel()
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        if self._tls is not None:
+            self._tls.close()
+        self._sock.close()
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+        self._owner.on_lost(error)
+
+
+def _lost(error: OSError, peer: str) -> ConnectionLost:
+    return ConnectionLost(f"the connection to {peer} broke: {error.strerror or error}", peer=peer)
