@@ -124,7 +124,7 @@ class LocalProtocolError(TransportError):
 
 
 class LimitExceeded(LocalProtocolError):
-    """A size, count or rank is over its limit: `value` (bytes or a count) over `limit`, named `limit_name`."""
+    """A size, count or rank is over its limit: `value` (bytes or a count) over `limit`, of `limit_name`."""
 
     def __init__(
         self,

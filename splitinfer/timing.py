@@ -1,7 +1,8 @@
-"""Where the time of a step went: named spans on one clock, cheap enough to leave on.
+"""Where the time of a step went: named phases on one clock, cheap enough to leave on.
 
-Phases are the words of the design: "attention", "router", "dense", "experts" (arithmetic), "network"
-(waiting for a node, less its own arithmetic), "head", "sampling". Times are `time.perf_counter()` seconds.
+Phases are the words of the design: "attention", "router", "dense", "experts" (their arithmetic, as far as it
+was waited for), "network" (the rest of that wait), "head", "sampling". Times are `time.perf_counter()`
+seconds. Phases do not overlap, so their sum is the time of the step less what no phase claims.
 """
 
 from __future__ import annotations
@@ -15,30 +16,39 @@ __all__ = ["Span", "Timeline", "perf_counter"]
 
 
 class Span(NamedTuple):
-    """One stretch of one phase. `layer` is -1 outside the layers; `where` is "" here, else a node."""
+    """One stretch of one phase. `layer` is -1 outside the layers."""
 
     phase: str
     layer: int
     start: float
     end: float
-    where: str = ""
 
 
 @dataclass(slots=True)
 class Timeline:
-    """Collects spans. Adding one is a list append; sums are made when somebody asks."""
+    """Sums seconds by phase and layer. Give `spans` a list to keep every stretch too: it grows without bound."""
 
-    spans: list[Span] = field(default_factory=list)
+    spans: list[Span] | None = None
+    seconds: defaultdict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, phase: str, layer: int, start: float, end: float, where: str = "") -> None:
-        self.spans.append(Span(phase, layer, start, end, where))
+    def add(self, phase: str, layer: int, start: float, end: float) -> None:
+        self.seconds[phase, layer] += end - start
+        if self.spans is not None:
+            self.spans.append(Span(phase, layer, start, end))
 
-    def totals(self) -> dict[str, float]:
-        """Seconds by phase, summed over layers and nodes."""
+    def by_phase(self) -> dict[str, float]:
+        """Seconds by phase, summed over layers."""
         sums: defaultdict[str, float] = defaultdict(float)
-        for span in self.spans:
-            sums[span.phase] += span.end - span.start
+        for (phase, _), seconds in self.seconds.items():
+            sums[phase] += seconds
         return dict(sums)
 
-    def clear(self) -> None:
-        self.spans.clear()
+    def by_layer(self) -> list[dict[str, float]]:
+        """Seconds by phase for each layer, from layer 0 on."""
+        layers: list[dict[str, float]] = []
+        for (phase, layer), seconds in self.seconds.items():
+            if layer >= 0:
+                while len(layers) <= layer:
+                    layers.append({})
+                layers[layer][phase] = seconds
+        return layers

@@ -30,9 +30,18 @@ def test_ranges_round_trip(ids: set[int]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("31-0", "backwards"), ("0-64", "out of bounds"), ("64", "0-63"), ("", "not a range"), ("a-b", "not a range"),
-     ("0-3,2", "twice"), ("-1", "not a range"), ("1-2-3", "not a range"), ("9" * 50, "not a range")],
-)  # fmt: skip
+    [
+        ("31-0", "backwards"),
+        ("0-64", "out of bounds"),
+        ("64", "0-63"),
+        ("", "not a range"),
+        ("a-b", "not a range"),
+        ("0-3,2", "twice"),
+        ("-1", "not a range"),
+        ("1-2-3", "not a range"),
+        ("9" * 50, "not a range"),
+    ],
+)
 def test_bad_ranges_name_the_flag(text: str, word: str) -> None:
     with pytest.raises(UsageError, match=word) as error:
         parse_ranges(text, 64, "--experts")
@@ -47,9 +56,18 @@ def test_holding_round_trip() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"service": "files"}, {"fingerprint": 7}, {"experts": []}, {"experts": [[3, 1]]}, {"experts": [[0, 1 << 40]]},
-     {"experts": [[0, 5], [4, 6]]}, {"layers": [[0, True]]}, {"layers": 5}, {"layers": [[-1, 2]]}],
-)  # fmt: skip
+    [
+        {"service": "files"},
+        {"fingerprint": 7},
+        {"experts": []},
+        {"experts": [[3, 1]]},
+        {"experts": [[0, 1 << 40]]},
+        {"experts": [[0, 5], [4, 6]]},
+        {"layers": [[0, True]]},
+        {"layers": 5},
+        {"layers": [[-1, 2]]},
+    ],
+)
 def test_a_peer_cannot_lie_about_shapes(change: dict[str, object]) -> None:
     with pytest.raises(RemoteProtocolError, match="peer"):
         Holding.from_info({**holding("0-63").to_info(), **change}, "peer")

@@ -1,0 +1,305 @@
+"""Split execution, the client's half: fan rows out to the nodes that hold their experts, add what comes back.
+
+One call per node per layer, whatever the number of experts, rows or sequences; a node is sent only the rows
+it has work for. `dispatch` puts the bytes on the wire before it returns, so that the caller's dense MLP runs
+while the experts travel. A call that the link lost is tried again, on a replica first: nodes keep no state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Generator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from splitinfer import transport
+from splitinfer.errors import DeadlineExceeded, LinkError, Overloaded, PlacementError, RemoteProtocolError
+from splitinfer.placement import Holding, Placement, format_ranges
+from splitinfer.timing import Timeline
+
+__all__ = ["NodeInfo", "RemoteExperts"]
+
+log = logging.getLogger(__name__)
+
+RETRY_PAUSE = 0.2  # seconds before the same node is asked again when it has no replica
+AVOID_FOR = 5.0  # seconds that a node whose link failed is passed over while its replicas serve
+EXPERT_CALL = "experts"
+FINGERPRINT_ON_WIRE = (
+    16  # hex digits of the model's fingerprint in every call: a restarted node may hold another
+)
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """A connected node: where it is and what it holds."""
+
+    address: str
+    holding: Holding
+
+    def __str__(self) -> str:
+        return f"{self.address}: {self.holding}"
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call in flight: the node, the rows of the block it was sent (None: all), the experts asked for
+    ([rows, k], -1 for the others), the dtype it answers in, and the answer."""
+
+    node: int
+    rows: Indices | None
+    experts: npt.NDArray[np.int16]
+    out: str
+    answer: asyncio.Future[transport.Reply]
+
+
+class _Pending:
+    """What `dispatch` returns: awaiting it adds the partial sums."""
+
+    __slots__ = ("_combine",)
+
+    def __init__(self, combine: Any) -> None:
+        self._combine = combine
+
+    def __await__(self) -> Generator[Any, None, Tensor]:
+        awaited: Generator[Any, None, Tensor] = self._combine().__await__()
+        return awaited
+
+
+class RemoteExperts:
+    """The experts of a model, held by nodes. Satisfies `model.experts.Experts`.
+
+    Open with `await RemoteExperts.connect(...)`; close with `await close()`.
+    """
+
+    def __init__(self, channels: dict[str, transport.Channel], placement: Placement, timeout: float) -> None:
+        self.placement = placement
+        self.nodes = [
+            NodeInfo(address, holding)
+            for address, holding in zip(placement.addresses, placement.holdings, strict=True)
+        ]
+        self._channels = [channels[address] for address in placement.addresses]
+        self._timeout = timeout
+        self._model = placement.holdings[0].fingerprint[:FINGERPRINT_ON_WIRE]
+        self._avoided: frozenset[int] = frozenset()
+        self._avoided_until = 0.0
+        self._avoid(frozenset())
+
+    @classmethod
+    async def connect(
+        cls,
+        addresses: Sequence[str],
+        *,
+        layers: Sequence[int],
+        num_experts: int,
+        fingerprint: str,
+        timeout: float,
+        config: transport.ClientConfig | None = None,
+    ) -> RemoteExperts:
+        """Connect to all nodes at once, ask what each holds, and check coverage before the first token.
+
+        `timeout` is the deadline of one expert call in seconds. Raises `PlacementError` for gaps, conflicts
+        and other models, and what `transport.connect` raises, naming the node.
+        """
+        unique = list(dict.fromkeys(addresses))
+        opened = await asyncio.gather(
+            *(transport.connect(address, config=config) for address in unique), return_exceptions=True
+        )
+        channels = {
+            address: channel
+            for address, channel in zip(unique, opened, strict=True)
+            if not isinstance(channel, BaseException)
+        }
+        try:
+            for failure in opened:
+                if isinstance(failure, BaseException):
+                    raise failure
+            holdings = [(a, Holding.from_info(channel.info, a)) for a, channel in channels.items()]
+            placement = Placement.plan(
+                holdings, layers=layers, num_experts=num_experts, fingerprint=fingerprint
+            )
+            return cls(channels, placement, timeout)
+        except BaseException:
+            await asyncio.gather(*(channel.close() for channel in channels.values()))
+            raise
+
+    async def close(self) -> None:
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+
+    def traffic(self) -> tuple[int, int, int]:
+        """(bytes sent, bytes received, calls) since the connections opened, headers included."""
+        stats = [channel.stats for channel in self._channels]
+        return (
+            sum(s.bytes_sent for s in stats),
+            sum(s.bytes_received for s in stats),
+            sum(s.calls for s in stats),
+        )
+
+    def dispatch(
+        self,
+        layer: int,
+        x: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        timeline: Timeline | None = None,
+    ) -> Awaitable[Tensor]:
+        """Send rows `x` [rows, hidden] to the nodes that hold their experts; await the weighted sum.
+
+        `top_k_index` [rows, k] names experts, `top_k_weights` [rows, k] (float32) weighs them. The result has
+        the shape and dtype of `x`. A node answers in the dtype of `x` when it is the only one asked (the sum
+        is rounded once, there) and in float32 when several add up (rounded once, here).
+
+        Awaiting raises `PlacementError` when every holder of an expert is gone, and the node's own error
+        otherwise. A missing answer is never replaced by zeros.
+        """
+        wire = _Rows(
+            x.detach().cpu().contiguous(),
+            top_k_index.cpu().numpy(),
+            top_k_weights.to(device="cpu", dtype=torch.float32).numpy(),
+        )
+        deadline = perf_counter() + self._timeout
+        if self._avoided and perf_counter() > self._avoided_until:
+            self._avoid(frozenset())
+        calls = self._send(layer, wire, self._owners[layer][wire.index], deadline)
+        return _Pending(lambda: self._combine(layer, wire, calls, deadline, timeline, x))
+
+    def _avoid(self, nodes: frozenset[int]) -> None:
+        """Ask others instead of these `nodes` for a while, wherever there are others."""
+        self._avoided, self._avoided_until = nodes, perf_counter() + AVOID_FOR
+        self._owners = {}
+        for layer in self.placement.holders:
+            owner = self.placement.owner(layer, nodes)
+            self._owners[layer] = np.where(owner < 0, self.placement.owner(layer), owner)
+
+    def _send(self, layer: int, wire: _Rows, owner: npt.NDArray[np.int16], deadline: float) -> list[_Call]:
+        """One call to every node in `owner` [rows, k] (-1: nobody to ask for this entry)."""
+        calls = []
+        timeout = max(deadline - perf_counter(), 0.001)
+        nodes = sorted(set(owner.ravel().tolist()) - {-1})
+        alone = len(nodes) == 1 and bool((owner >= 0).all())
+        out = str(wire.x.dtype).removeprefix("torch.") if alone else "float32"
+        meta = {"layer": layer, "out": out, "model": self._model}
+        for node in nodes:
+            mine = owner == node
+            needed = mine.any(axis=1)
+            rows = None if needed.all() else np.flatnonzero(needed)
+            index = np.where(mine, wire.index, -1).astype(np.int16)
+            x, weights = wire.x, wire.weights
+            if rows is not None:
+                x, index, weights = x[torch.from_numpy(rows)], index[rows], weights[rows]
+            answer = self._channels[node].start(EXPERT_CALL, [x, index, weights], meta, timeout=timeout)
+            calls.append(_Call(node, rows, index, out, answer))
+        return calls
+
+    async def _combine(
+        self,
+        layer: int,
+        wire: _Rows,
+        calls: list[_Call],
+        deadline: float,
+        timeline: Timeline | None,
+        like: Tensor,
+    ) -> Tensor:
+        """Wait for all calls, mend what the link lost, and add the partial sums in the nodes' order."""
+        start = perf_counter()
+        partials: list[tuple[int, Indices | None, Tensor]] = []
+        compute = 0.0
+        while calls:
+            lost: list[tuple[_Call, LinkError | Overloaded]] = []
+            for call in calls:
+                try:
+                    reply = await call.answer
+                except DeadlineExceeded:
+                    raise
+                except (LinkError, Overloaded) as error:
+                    lost.append((call, error))
+                    continue
+                partials.append((call.node, call.rows, self._partial(call, reply, wire)))
+                compute = max(compute, reply.meta.get("compute_us", 0) / 1e6)
+            calls = []
+            if lost:
+                calls = await self._again(layer, wire, lost, deadline)
+        if timeline is not None:
+            end = perf_counter()
+            # What the caller waited for, split by the slowest node's own account of its arithmetic.
+            split = max(start, end - compute)
+            timeline.add("network", layer, start, split)
+            timeline.add("experts", layer, split, end)
+        return _sum(partials, wire.x).to(like.device)
+
+    def _partial(self, call: _Call, reply: transport.Reply, wire: _Rows) -> Tensor:
+        """The answer's tensor, checked against what was asked."""
+        expected = (len(call.experts), wire.x.shape[1])
+        address = self.placement.addresses[call.node]
+        if len(reply.tensors) != 1 or tuple(reply.tensors[0].shape) != expected:
+            shapes = [tuple(t.shape) for t in reply.tensors]
+            raise RemoteProtocolError(
+                f"node {address} answered an expert call with {shapes}, not [{expected}]",
+                peer=address,
+                remedy="run the same version of splitinfer on both machines",
+            )
+        if reply.tensors[0].dtype != call.out:
+            raise RemoteProtocolError(
+                f"node {address} answered in {reply.tensors[0].dtype}, asked was {call.out}", peer=address
+            )
+        partial: Tensor = reply.tensors[0].torch()
+        return partial
+
+    async def _again(
+        self, layer: int, wire: _Rows, lost: list[tuple[_Call, LinkError | Overloaded]], deadline: float
+    ) -> list[_Call]:
+        """Send what the link lost once more: to replicas where there are some, else to the same node.
+
+        Raises `PlacementError` when nobody has answered by the deadline, with the link's error as its cause.
+        """
+        asked = np.full(wire.index.shape, -1, dtype=np.int16)
+        for call, error in lost:
+            rows = slice(None) if call.rows is None else call.rows
+            asked[rows] = np.where(call.experts >= 0, call.experts, asked[rows])
+            log.warning("layer %d: node %s: %s", layer, self.placement.addresses[call.node], error)
+        self._avoid(self._avoided | {call.node for call, _ in lost})
+        wanted = np.unique(asked[asked >= 0])
+        owners = self._owners[layer]
+        if set(owners[wanted].tolist()) & self._avoided:
+            # Some expert has no holder left: the lost node gets another chance, until the deadline.
+            if perf_counter() + RETRY_PAUSE >= deadline:
+                call, error = lost[0]
+                address = self.placement.addresses[call.node]
+                raise PlacementError(
+                    f"node {address} is gone and nobody else holds its experts of layer {layer}",
+                    gaps=(f"layer {layer}: experts {format_ranges(wanted.tolist())}",),
+                    remedy=f"restart the node at {address}, or start a replica and name it in --nodes",
+                ) from error
+            await asyncio.sleep(RETRY_PAUSE)
+        return self._send(layer, wire, np.where(asked >= 0, owners[asked], np.int16(-1)), deadline)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A block of rows as it goes on the wire: [rows, hidden], and [rows, k] twice."""
+
+    x: Tensor
+    index: Indices
+    weights: npt.NDArray[np.float32]
+
+
+def _sum(partials: list[tuple[int, Indices | None, Tensor]], x: Tensor) -> Tensor:
+    """Partial sums [some rows, hidden] added in node order, in float32, rounded once to the dtype of `x`."""
+    if len(partials) == 1 and partials[0][1] is None:
+        return partials[0][2].to(x.dtype)
+    partials.sort(key=lambda partial: partial[0])
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for _, rows, partial in partials:
+        if rows is None:
+            total += partial
+        else:
+            total.index_add_(0, torch.from_numpy(rows), partial.float())
+    return total.to(x.dtype)

@@ -1,0 +1,353 @@
+"""Sequences in, tokens out: prefill, decode, sampling, and the model behind one object."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from splitinfer import transport
+from splitinfer.dispatch import NodeInfo, RemoteExperts
+from splitinfer.errors import UsageError
+from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
+from splitinfer.model.cache import KVCache
+from splitinfer.model.config import ModelConfig
+from splitinfer.model.experts import LocalExperts
+from splitinfer.model.gemma import Gemma, Segment
+from splitinfer.model.sampling import Sampler, SamplingParams
+from splitinfer.model.tokenizer import StreamDecoder, Tokenizer
+from splitinfer.model.weights import Checkpoint, resolve_model
+from splitinfer.timing import Timeline
+
+__all__ = ["AsyncEngine", "EngineConfig", "Prompt"]
+
+Prompt = str | Sequence[int]
+
+PREFILL_ROWS = 512  # rows of one prefill step: bounds memory and the size of an expert call
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_CONTEXT = 8192  # tokens; a checkpoint may promise 262,144, whose cache few machines hold
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a model. `context` is in tokens (None: what the model allows, at most `DEFAULT_CONTEXT`),
+    `timeout` is the deadline of one expert call in seconds."""
+
+    device: str = "cpu"
+    dtype: str | None = None
+    threads: int | None = None
+    context: int | None = None
+    timeout: float = 60.0
+    transport: transport.ClientConfig | None = None
+
+
+class AsyncEngine:
+    """A model, here or split over nodes.
+
+    `model` is a path or hub id; `nodes` are addresses (empty or None: the experts run here too); `settings`
+    are the fields of `EngineConfig`.
+
+        async with AsyncEngine("path", nodes=["host:7077"]) as engine:
+            async for piece in engine.stream("Once", max_tokens=64):
+                print(piece.text, end="")
+
+    Opening raises `CheckpointError`, `PlacementError`, `ConnectError`, ... before the first token; a
+    generation raises `UsageError` for what was asked and `TransportError` or `PlacementError` for what
+    failed. Generations may run side by side; each has its own cache.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        nodes: Sequence[str] | None = None,
+        *,
+        config: EngineConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        if isinstance(nodes, str):
+            raise UsageError("nodes takes a list of addresses", remedy=f"write nodes=[{nodes!r}]")
+        self._model_name = model
+        self._addresses = tuple(nodes or ())
+        self.settings = config or EngineConfig(**_known(EngineConfig, settings))
+        self._experts: RemoteExperts | None = None
+        self._gemma: Gemma | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Read the checkpoint, connect to the nodes, check coverage, load this machine's half."""
+        loop = asyncio.get_running_loop()
+        self.checkpoint = await loop.run_in_executor(
+            None, lambda: Checkpoint.open(resolve_model(self._model_name))
+        )
+        config = self.config
+        self.context = _context(self.settings.context, config)
+        self.tokenizer = await loop.run_in_executor(None, Tokenizer.open, self.checkpoint.path)
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
+        if self._addresses:
+            self._experts = await RemoteExperts.connect(
+                self._addresses,
+                layers=range(config.num_hidden_layers),
+                num_experts=config.num_experts,
+                fingerprint=self.checkpoint.fingerprint,
+                timeout=self.settings.timeout,
+                config=self.settings.transport,
+            )
+        try:
+            self._gemma = await loop.run_in_executor(None, self._load)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the connections and forget the weights. Safe to repeat."""
+        experts, self._experts, self._gemma = self._experts, None, None
+        if experts is not None:
+            await experts.close()
+
+    def _load(self) -> Gemma:
+        dtype = _dtype(self.settings.dtype)
+        experts = self._experts or LocalExperts(self.checkpoint, dtype=dtype)
+        return Gemma.load(self.checkpoint, experts, device=self.settings.device, dtype=dtype)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's architecture."""
+        return self.checkpoint.config
+
+    @property
+    def nodes(self) -> list[NodeInfo]:
+        """The nodes and what each holds; empty when the experts run here."""
+        return self._experts.nodes if self._experts else []
+
+    @property
+    def model(self) -> Gemma:
+        """This machine's half of the model. Raises `UsageError` before `open` and after `close`."""
+        if self._gemma is None:
+            raise UsageError(
+                "the engine is not open", remedy="use it as `with splitinfer.load(...) as engine:`"
+            )
+        return self._gemma
+
+    async def generate(self, prompt: Prompt, **options: Any) -> Completion:
+        """The whole completion of `prompt`, text or token ids. Options are those of `stream`."""
+        async for piece in self.stream(prompt, **options):
+            if piece.completion is not None:
+                return piece.completion
+        raise AssertionError("a stream ends with its completion")
+
+    async def stream(
+        self, prompt: Prompt, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+    ) -> AsyncIterator[Piece]:
+        """Yield pieces as tokens come; the last piece carries the completion.
+
+        `max_tokens` defaults to 256, or to what is left of the context; `stop` are strings that end the
+        completion and are not part of it; `sampling` are the fields of `SamplingParams` (temperature 0, the
+        default, is greedy).
+        """
+        run = _Generation(
+            self, self.encode(prompt), max_tokens, stop, SamplingParams(**_known(SamplingParams, sampling))
+        )
+        async for piece in run.pieces():
+            yield piece
+
+    async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The next-token logits after every position of `token_ids`, float32 [len(token_ids), vocab]."""
+        ids = self.encode(list(token_ids))
+        cache = self.new_cache()
+        blocks = [self.model.logits(hidden).cpu().numpy() async for hidden in self.prefill(ids, cache)]
+        return np.concatenate(blocks)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """`prompt` as token ids, checked. Raises `UsageError` for what this model cannot read."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UsageError(
+                    f"{self.checkpoint.path} has no tokenizer",
+                    remedy="give the prompt as token ids (--token-ids)",
+                )
+            ids = self.tokenizer.encode(prompt) if prompt else []
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise UsageError("the prompt is empty", remedy="give at least one token of text")
+        vocab = self.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab:
+                raise UsageError(
+                    f"token id {token} is not in the vocabulary of {vocab}", remedy=f"use 0-{vocab - 1}"
+                )
+        if len(ids) > self.context:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.context}",
+                remedy="shorten the prompt, or raise --context as far as the model and memory allow",
+            )
+        return ids
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one sequence."""
+        model = self.model
+        return KVCache(self.config, model.device, model.dtype)
+
+    async def prefill(
+        self, ids: Sequence[int], cache: KVCache, timeline: Timeline | None = None
+    ) -> AsyncIterator[torch.Tensor]:
+        """Run `ids` through the model in blocks; yields each block's hidden states [rows, hidden]."""
+        for start in range(0, len(ids), PREFILL_ROWS):
+            block = torch.tensor(ids[start : start + PREFILL_ROWS])
+            yield await self.model.forward([Segment(block, cache)], timeline=timeline)
+
+    def traffic(self) -> tuple[int, int, int]:
+        """(bytes sent, bytes received, calls) since the engine opened."""
+        return self._experts.traffic() if self._experts else (0, 0, 0)
+
+
+class _Generation:
+    """One prompt on its way to a completion."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        prompt: list[int],
+        max_tokens: int | None,
+        stop: Sequence[str],
+        params: SamplingParams,
+    ) -> None:
+        room = engine.context - len(prompt)
+        if max_tokens is None:
+            max_tokens = min(DEFAULT_MAX_TOKENS, room)
+        if max_tokens < 1 and room >= 1:
+            raise UsageError(f"max_tokens is {max_tokens}", remedy="ask for at least one token")
+        if max_tokens > room or room < 1:
+            raise UsageError(
+                f"{len(prompt)} prompt tokens and {max_tokens} new ones do not fit "
+                f"the context of {engine.context}",
+                remedy="shorten the prompt, lower --max-tokens, or raise --context",
+            )
+        if stop and engine.tokenizer is None:
+            raise UsageError(f"{engine.checkpoint.path} has no tokenizer, so stop strings cannot be found")
+        self._engine = engine
+        self._prompt = prompt
+        self._max_tokens = max_tokens
+        self._stops = StopStrings(stop)
+        self._sampler = Sampler(params)
+        self._decoder: StreamDecoder | None = engine.tokenizer.stream() if engine.tokenizer else None
+        self._eos = frozenset(engine.eos_ids)
+        self._prefill, self._decode = Timeline(), Timeline()
+        self._ids: list[int] = []
+        self._text: list[str] = []
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        engine, model, cache = self._engine, self._engine.model, self._engine.new_cache()
+        traffic, started = engine.traffic(), perf_counter()
+        async for block in engine.prefill(self._prompt, cache, self._prefill):
+            hidden = block
+        token = self._sample(model, hidden, self._prefill)
+        first = perf_counter()
+        while True:
+            text, reason = self._take(token)
+            self._text.append(text)
+            if reason is not None:
+                break
+            yield Piece(text, (token,))
+            hidden = await model.forward([Segment(torch.tensor([token]), cache)], timeline=self._decode)
+            token = self._sample(model, hidden, self._decode)
+        yield Piece(text, (token,), self._completion(reason, traffic, started, first))
+
+    def _sample(self, model: Gemma, hidden: torch.Tensor, timeline: Timeline) -> int:
+        start = perf_counter()
+        logits = model.logits(hidden[-1:])[0]
+        middle = perf_counter()
+        token = self._sampler(logits)
+        timeline.add("head", -1, start, middle)
+        timeline.add("sampling", -1, middle, perf_counter())
+        return token
+
+    def _take(self, token: int) -> tuple[str, StopReason | None]:
+        """Add a token: the text that can be shown because of it, and why to stop here (None: go on)."""
+        self._ids.append(token)
+        reason: StopReason | None = None
+        text = ""
+        if token in self._eos:
+            reason = "eos"
+        elif self._decoder is not None:
+            text = self._stops.feed(self._decoder.feed(token))
+        if self._stops.found:
+            return text, "stop"
+        if reason is None and len(self._ids) == self._max_tokens:
+            reason = "length"
+        if reason is not None and self._decoder is not None:
+            text += self._stops.feed(self._decoder.flush())
+            if self._stops.found:
+                return text, "stop"
+            text += self._stops.flush()
+        return text, reason
+
+    def _completion(
+        self, reason: StopReason, traffic: tuple[int, int, int], started: float, first: float
+    ) -> Completion:
+        now = perf_counter()
+        sent, received, calls = (b - a for a, b in zip(traffic, self._engine.traffic(), strict=True))
+        decoded = len(self._ids) - 1
+        phases = self._prefill.by_phase()
+        for phase, seconds in self._decode.by_phase().items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+        return Completion(
+            text="".join(self._text),
+            token_ids=tuple(self._ids),
+            stop_reason=reason,
+            usage=Usage(len(self._prompt), len(self._ids), sent, received, calls),
+            timings=Timings(
+                ttft=first - started,
+                total=now - started,
+                prefill_tokens_per_second=len(self._prompt) / (first - started),
+                decode_tokens_per_second=decoded / (now - first) if decoded else 0.0,
+                phases=phases,
+                layers=tuple(
+                    {phase: seconds / max(decoded, 1) for phase, seconds in layer.items()}
+                    for layer in self._decode.by_layer()
+                ),
+            ),
+        )
+
+
+def _known(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, or a `UsageError` naming the one that `kind` (a dataclass) does not have."""
+    names = [field.name for field in fields(kind)]
+    for name in options:
+        if name not in names:
+            raise UsageError(f"there is no option {name!r}", remedy=f"choose among {', '.join(names)}")
+    return options
+
+
+def _context(asked: int | None, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    if asked is None:
+        return min(limit, DEFAULT_CONTEXT)
+    if not 1 <= asked <= limit:
+        raise UsageError(
+            f"a context of {asked} tokens is not possible", remedy=f"this model takes 1 to {limit}"
+        )
+    return asked
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in ("float32", "bfloat16"):
+        raise UsageError(f"cannot compute in dtype {name!r}", remedy="choose float32 or bfloat16")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,197 @@
+"""Split execution, the server's half: an expert node holds a part of the experts and answers expert calls.
+
+A node is stateless: a call carries rows, expert ids and weights, the answer is their weighted partial sum.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from splitinfer import transport
+from splitinfer.dispatch import EXPERT_CALL, FINGERPRINT_ON_WIRE
+from splitinfer.errors import UsageError
+from splitinfer.placement import Holding, parse_ranges
+
+if TYPE_CHECKING:
+    from splitinfer.model.experts import ExpertBank
+
+__all__ = ["ExpertNode"]
+
+log = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT = 10.0  # seconds that calls in flight get to finish when the node stops
+INLINE_ROWS = 16  # at most this many rows are computed on the event loop: a thread hop costs tens of µs
+
+
+class ExpertNode:
+    """Serve some experts of some layers of a checkpoint.
+
+    `model` is a path or hub id; `experts` and `layers` are range lists such as "0-31,64-95" (None: all).
+    `port` 0 takes a free one; `address` then names it. `threads` bounds the arithmetic (None: torch's
+    choice). `config` holds the transport's limits and security.
+
+        node = ExpertNode("path", experts="0-31")
+        await node.start()
+        await node.serve_forever()      # until cancelled, or until stop() is called
+
+    `start` raises `CheckpointError` for a damaged model, `UsageError` for ranges outside it and
+    `CapacityError` for a port in use; nothing is left open then.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        experts: str | None = None,
+        layers: str | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 7077,
+        threads: int | None = None,
+        config: transport.ServerConfig | None = None,
+    ) -> None:
+        self._model = model
+        self._experts = experts
+        self._layers = layers
+        self._bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._threads = threads
+        self._config = config
+        self._bank: ExpertBank | None = None
+        self._server: transport.Server | None = None
+        self._stopped = asyncio.Event()
+        self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="experts")
+        self.calls = 0
+        self.rows = 0
+
+    @property
+    def address(self) -> str:
+        """Where the node listens, as a client would write it."""
+        return self._running[1].address
+
+    @property
+    def holding(self) -> Holding:
+        """What the node holds."""
+        return self._holding
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights held."""
+        return self._running[0].nbytes
+
+    @property
+    def _running(self) -> tuple[ExpertBank, transport.Server]:
+        if self._bank is None or self._server is None:
+            raise UsageError("the node has not started", remedy="await node.start() first")
+        return self._bank, self._server
+
+    async def start(self) -> None:
+        """Map the weights and listen. Returns once calls are answered."""
+        self._bank = await asyncio.get_running_loop().run_in_executor(self._arithmetic, self._load)
+        self._server = await transport.serve(
+            {EXPERT_CALL: self._answer}, self._bind, info=self._holding.to_info(), config=self._config
+        )
+        log.info("holds %s, listens on %s", self._holding, self._server.address)
+
+    async def serve_forever(self) -> None:
+        """Return after `stop` or SIGTERM; when cancelled, stop first."""
+        # Only the main thread may handle signals; elsewhere the owner of the process does.
+        with suppress(NotImplementedError, RuntimeError, ValueError):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stopped.set)
+        try:
+            await self._stopped.wait()
+        finally:
+            await self.stop()
+
+    async def stop(self) -> None:
+        """Refuse new calls, finish those in flight (for at most `DRAIN_TIMEOUT`), close. Safe to repeat."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.drain(timeout=DRAIN_TIMEOUT)
+            await server.close()
+        self._arithmetic.shutdown(wait=False)
+        self._bank = None
+        self._stopped.set()
+
+    async def __aenter__(self) -> ExpertNode:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.stop()
+
+    def _load(self) -> ExpertBank:
+        import torch  # here: importing splitinfer does not import torch
+
+        from splitinfer.model.experts import ExpertBank
+        from splitinfer.model.weights import Checkpoint, resolve_model
+
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        checkpoint = Checkpoint.open(resolve_model(self._model))
+        config = checkpoint.config
+        layers = parse_ranges(
+            self._layers or f"0-{config.num_hidden_layers - 1}", config.num_hidden_layers, "--layers"
+        )
+        experts = parse_ranges(
+            self._experts or f"0-{config.num_experts - 1}", config.num_experts, "--experts"
+        )
+        bank = ExpertBank(checkpoint, dict.fromkeys(layers, experts))
+        self._holding = Holding(checkpoint.fingerprint, layers, experts, bank.weight_format)
+        self._hidden_size = config.hidden_size
+        return bank
+
+    def _answer(self, call: transport.Call) -> transport.Reply | Awaitable[transport.Reply]:
+        """One expert call. Few rows are answered at once; many leave the loop free to move bytes."""
+        request = _Request(call, self._hidden_size, self._holding)
+        self.calls += 1
+        self.rows += request.rows
+        if request.rows <= INLINE_ROWS:
+            return self._compute(request)
+        return asyncio.get_running_loop().run_in_executor(self._arithmetic, self._compute, request)
+
+    def _compute(self, request: _Request) -> transport.Reply:
+        bank, _ = self._running
+        start = perf_counter()
+        partial = bank.forward(request.layer, request.x, request.index, request.weights, request.out)
+        return transport.Reply([partial], {"compute_us": int((perf_counter() - start) * 1e6)})
+
+
+class _Request:
+    """An expert call, checked: everything a peer can get wrong is refused here, before any arithmetic."""
+
+    __slots__ = ("index", "layer", "out", "rows", "weights", "x")
+
+    def __init__(self, call: transport.Call, hidden_size: int, holding: Holding) -> None:
+        import torch
+
+        layer, out, model = call.meta.get("layer"), call.meta.get("out"), call.meta.get("model")
+        if model != holding.fingerprint[:FINGERPRINT_ON_WIRE]:
+            raise UsageError(f"this node holds another model than {model!r}")
+        if layer not in holding.layers:
+            raise UsageError(f"this node does not hold layer {layer!r}; it holds {holding}")
+        if len(call.tensors) != 3:
+            raise UsageError(f"an expert call carries 3 tensors, not {len(call.tensors)}")
+        x, index, weights = call.tensors
+        if x.dtype not in ("float32", "bfloat16") or len(x.shape) != 2 or x.shape[1] != hidden_size:
+            raise UsageError(f"x is {x.dtype} {list(x.shape)}, not [rows, {hidden_size}] float32 or bfloat16")
+        if index.dtype != "int16" or len(index.shape) != 2 or index.shape[0] != x.shape[0]:
+            raise UsageError(f"top_k_index is {index.dtype} {list(index.shape)}, not int16 [{x.shape[0]}, k]")
+        if weights.dtype != "float32" or weights.shape != index.shape:
+            raise UsageError(
+                f"top_k_weights is {weights.dtype} {list(weights.shape)}, not float32 {list(index.shape)}"
+            )
+        if out not in ("float32", x.dtype):
+            raise UsageError(f"cannot answer {x.dtype} rows in {out!r}")
+        self.layer: int = layer
+        self.rows = x.shape[0]
+        self.x = x.torch()
+        self.index = index.torch().long()
+        self.weights = weights.torch()
+        self.out: Any = getattr(torch, out)
