@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class Timeline:
-    """Sums seconds by phase and layer. Give `spans` a list to keep every stretch too: it grows without bound."""
+    """Sums seconds by phase and layer. With `spans` a list it keeps every stretch too, without bound."""
 
     spans: list[Span] | None = None
     seconds: defaultdict[tuple[str, int], float] = field(default_factory=lambda: defaultdict(float))
