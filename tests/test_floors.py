@@ -92,7 +92,8 @@ def test_transport_does_not_need_torch() -> None:
 
 def test_importing_splitinfer_is_light() -> None:
     check = (
-        "import sys, time; start = time.perf_counter(); import splitinfer; took = time.perf_counter() - start; "
+        "import sys, time; start = time.perf_counter(); import splitinfer; "
+        "took = time.perf_counter() - start; "
         "sys.exit(1 if {'torch', 'numpy'} & set(sys.modules) else 2 if took > 0.3 else 0)"
     )
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
