@@ -1,0 +1,106 @@
+"""A client and its nodes as separate processes on this machine: tokens/s, bytes per token, memory of each.
+
+    python bench/make_checkpoint.py --layers 6 /path/to/model       # random weights, true shapes
+    python bench/split.py /path/to/model --nodes 2
+
+Rounds alternate between the split run and the same model with its experts in this process, so that both see
+the same machine. What it leaves out: a real network; everything here crosses loopback, on shared cores.
+Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see splitinfer.cli.console
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+import splitinfer
+from splitinfer.cli.demo import node_process
+from splitinfer.model.config import load_config
+from splitinfer.placement import format_ranges
+
+
+def resident(pid: int) -> float:
+    """Resident memory of a process, GiB."""
+    return psutil.Process(pid).memory_info().rss / 2**30
+
+
+def measure(engine: splitinfer.Engine, tokens: int) -> splitinfer.Completion:
+    return engine.generate([2, *range(1000, 1031)], max_tokens=tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None, help="of each process (default: chosen)")
+    arguments = parser.parse_args()
+    count = load_config(arguments.model).num_experts
+    shares = [
+        range(n * count // arguments.nodes, (n + 1) * count // arguments.nodes)
+        for n in range(arguments.nodes)
+    ]
+    threads = ["--threads", str(arguments.threads)] if arguments.threads else []
+    with ExitStack() as stack:
+        addresses = [
+            stack.enter_context(
+                node_process([str(arguments.model), "--experts", format_ranges(share), *threads])
+            )
+            for share in shares
+        ]
+        nodes = psutil.Process().children()
+        split = stack.enter_context(
+            splitinfer.load(arguments.model, nodes=addresses, threads=arguments.threads)
+        )
+        measure(split, 2)  # touch the weights' pages once
+        runs = [measure(split, arguments.tokens) for _ in range(arguments.rounds)]
+        memory = {"client": resident(os.getpid())}
+        memory |= {f"node {n}": resident(process.pid) for n, process in enumerate(nodes)}
+    with splitinfer.load(arguments.model, threads=arguments.threads) as here:
+        measure(here, 2)
+        alone = [measure(here, arguments.tokens) for _ in range(arguments.rounds)]
+    report(arguments, runs, alone, memory)
+
+
+def report(
+    arguments: argparse.Namespace,
+    runs: list[splitinfer.Completion],
+    alone: list[splitinfer.Completion],
+    memory: dict[str, float],
+) -> None:
+    steps = runs[0].usage.prompt_tokens + runs[0].usage.completion_tokens - 1
+    figures = {
+        "layers": load_config(arguments.model).num_hidden_layers,
+        "nodes": arguments.nodes,
+        "tokens_per_second_split": statistics.median(r.timings.decode_tokens_per_second for r in runs),
+        "tokens_per_second_here": statistics.median(r.timings.decode_tokens_per_second for r in alone),
+        "bytes_sent_per_token": runs[0].usage.bytes_sent / steps,
+        "bytes_received_per_token": runs[0].usage.bytes_received / steps,
+        "same_tokens": sum(a == b for a, b in zip(runs[0].token_ids, alone[0].token_ids, strict=True)),
+        "tokens": arguments.tokens,
+        "resident_gib": {name: round(gib, 2) for name, gib in memory.items()},
+    }
+    table = Table("figure", "value", title=f"{arguments.model.name}: {figures['layers']} layers")
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), f"{value:.2f}" if isinstance(value, float) else str(value))
+    Console(stderr=True).print(table)
+    json.dump(figures, sys.stdout)
+    print()
+
+
+if __name__ == "__main__":
+    main()
