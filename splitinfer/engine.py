@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
@@ -19,11 +19,12 @@ from splitinfer.errors import UsageError
 from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
 from splitinfer.model.cache import KVCache
 from splitinfer.model.config import ModelConfig
-from splitinfer.model.experts import LocalExperts
+from splitinfer.model.experts import ExpertBank, LocalExperts
 from splitinfer.model.gemma import Gemma, Segment
+from splitinfer.model.hub import resolve_model
 from splitinfer.model.sampling import Sampler, SamplingParams
 from splitinfer.model.tokenizer import StreamDecoder, Tokenizer
-from splitinfer.model.weights import Checkpoint, resolve_model
+from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline
 
 __all__ = ["AsyncEngine", "EngineConfig", "Prompt"]
@@ -120,7 +121,7 @@ class AsyncEngine:
 
     def _load(self) -> Gemma:
         dtype = _dtype(self.settings.dtype)
-        experts = self._experts or LocalExperts(self.checkpoint, dtype=dtype)
+        experts = self._experts or LocalExperts(_whole_bank(self.checkpoint, dtype))
         return Gemma.load(self.checkpoint, experts, device=self.settings.device, dtype=dtype)
 
     @property
@@ -151,7 +152,7 @@ class AsyncEngine:
 
     async def stream(
         self, prompt: Prompt, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Yield pieces as tokens come; the last piece carries the completion.
 
         `max_tokens` defaults to 256, or to what is left of the context; `stop` are strings that end the
@@ -199,8 +200,7 @@ class AsyncEngine:
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
-        model = self.model
-        return KVCache(self.config, model.device, model.dtype)
+        return self.model.new_cache()
 
     async def prefill(
         self, ids: Sequence[int], cache: KVCache, timeline: Timeline | None = None
@@ -245,7 +245,7 @@ class _Generation:
         self._stops = StopStrings(stop)
         self._sampler = Sampler(params)
         self._decoder: StreamDecoder | None = engine.tokenizer.stream() if engine.tokenizer else None
-        self._eos = frozenset(engine.eos_ids)
+        self._eos = frozenset(engine.config.eos_token_ids)
         self._prefill, self._decode = Timeline(), Timeline()
         self._ids: list[int] = []
         self._text: list[str] = []
@@ -322,6 +322,12 @@ class _Generation:
                 ),
             ),
         )
+
+
+def _whole_bank(checkpoint: Checkpoint, dtype: torch.dtype | None) -> ExpertBank:
+    config = checkpoint.config
+    everything = range(config.num_experts) if config.enable_moe_block else ()
+    return ExpertBank(checkpoint, dict.fromkeys(range(config.num_hidden_layers), everything), dtype=dtype)
 
 
 def _known(kind: type, options: dict[str, Any]) -> dict[str, Any]:

@@ -9,26 +9,26 @@ import asyncio
 import logging
 import signal
 from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+
+import torch
 
 from splitinfer import transport
 from splitinfer.dispatch import EXPERT_CALL, FINGERPRINT_ON_WIRE
 from splitinfer.errors import UsageError
+from splitinfer.model.compute import INLINE_ROWS, submit
+from splitinfer.model.experts import ExpertBank
+from splitinfer.model.hub import resolve_model
+from splitinfer.model.weights import Checkpoint
 from splitinfer.placement import Holding, parse_ranges
-
-if TYPE_CHECKING:
-    from splitinfer.model.experts import ExpertBank
 
 __all__ = ["ExpertNode"]
 
 log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT = 10.0  # seconds that calls in flight get to finish when the node stops
-INLINE_ROWS = 16  # at most this many rows are computed on the event loop: a thread hop costs tens of µs
 
 
 class ExpertNode:
@@ -66,7 +66,6 @@ class ExpertNode:
         self._bank: ExpertBank | None = None
         self._server: transport.Server | None = None
         self._stopped = asyncio.Event()
-        self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="experts")
         self.calls = 0
         self.rows = 0
 
@@ -93,7 +92,7 @@ class ExpertNode:
 
     async def start(self) -> None:
         """Map the weights and listen. Returns once calls are answered."""
-        self._bank = await asyncio.get_running_loop().run_in_executor(self._arithmetic, self._load)
+        self._bank = await asyncio.get_running_loop().run_in_executor(None, self._load)
         self._server = await transport.serve(
             {EXPERT_CALL: self._answer}, self._bind, info=self._holding.to_info(), config=self._config
         )
@@ -115,7 +114,6 @@ class ExpertNode:
         if server is not None:
             await server.drain(timeout=DRAIN_TIMEOUT)
             await server.close()
-        self._arithmetic.shutdown(wait=False)
         self._bank = None
         self._stopped.set()
 
@@ -127,11 +125,6 @@ class ExpertNode:
         await self.stop()
 
     def _load(self) -> ExpertBank:
-        import torch  # here: importing splitinfer does not import torch
-
-        from splitinfer.model.experts import ExpertBank
-        from splitinfer.model.weights import Checkpoint, resolve_model
-
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         checkpoint = Checkpoint.open(resolve_model(self._model))
@@ -152,9 +145,10 @@ class ExpertNode:
         request = _Request(call, self._hidden_size, self._holding)
         self.calls += 1
         self.rows += request.rows
-        if request.rows <= INLINE_ROWS:
+        if request.rows > INLINE_ROWS:
+            return submit(self._compute, request)
+        with torch.inference_mode():
             return self._compute(request)
-        return asyncio.get_running_loop().run_in_executor(self._arithmetic, self._compute, request)
 
     def _compute(self, request: _Request) -> transport.Reply:
         bank, _ = self._running
@@ -169,8 +163,6 @@ class _Request:
     __slots__ = ("index", "layer", "out", "rows", "weights", "x")
 
     def __init__(self, call: transport.Call, hidden_size: int, holding: Holding) -> None:
-        import torch
-
         layer, out, model = call.meta.get("layer"), call.meta.get("out"), call.meta.get("model")
         if model != holding.fingerprint[:FINGERPRINT_ON_WIRE]:
             raise UsageError(f"this node holds another model than {model!r}")
@@ -194,4 +186,4 @@ class _Request:
         self.x = x.torch()
         self.index = index.torch().long()
         self.weights = weights.torch()
-        self.out: Any = getattr(torch, out)
+        self.out: torch.dtype = getattr(torch, out)

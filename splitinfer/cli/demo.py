@@ -71,7 +71,7 @@ def _wait_for_address(process: subprocess.Popen[str]) -> str:
         lines.put("")
 
     Thread(target=read, daemon=True).start()
-    said = []
+    said: list[str] = []
     while True:
         try:
             line = lines.get(timeout=START_TIMEOUT)
@@ -93,7 +93,7 @@ def command(
     import splitinfer
     from splitinfer import demo
     from splitinfer.model.config import load_config
-    from splitinfer.model.weights import resolve_model
+    from splitinfer.model.hub import resolve_model
 
     path = resolve_model(model or demo.path())
     count = load_config(path).num_experts

@@ -26,11 +26,17 @@ class Experts(Protocol):
     """What the model asks of its experts, wherever they are."""
 
     def dispatch(
-        self, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+        self,
+        layer: int,
+        x: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        timeline: Timeline | None = None,
     ) -> Awaitable[Tensor]:
         """Starts the layer's experts on x [rows, H] now; awaiting gives their weighted sum [rows, H].
 
-        `top_k_index` [rows, K] int64, `top_k_weights` [rows, K] float32. The sum has x's dtype.
+        `top_k_index` [rows, K] int64, `top_k_weights` [rows, K] float32. The sum has x's dtype. What the
+        caller waits for goes to `timeline` as "experts" and "network".
         """
         ...
 
@@ -88,6 +94,11 @@ class ExpertBank:
             self._layers[layer] = products
 
     @property
+    def weight_format(self) -> str:
+        """The weights' numeric format, such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights held: what this bank makes resident once every expert was used."""
         return sum(product.nbytes for products in self._layers.values() for product in products.values())
@@ -134,25 +145,31 @@ class ExpertBank:
 
 
 class LocalExperts:
-    """Experts over a bank that holds all of them. Spans of phase "experts" go to `timeline`, if given."""
+    """Experts over a bank that holds all of them."""
 
-    def __init__(self, bank: ExpertBank, timeline: Timeline | None = None) -> None:
+    def __init__(self, bank: ExpertBank) -> None:
         self.bank = bank
-        self.timeline = timeline
 
     def dispatch(
-        self, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+        self,
+        layer: int,
+        x: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        timeline: Timeline | None = None,
     ) -> Awaitable[Tensor]:
         if len(x) > INLINE_ROWS:
-            return submit(self._forward, layer, x, top_k_index, top_k_weights)
+            return submit(self._forward, layer, x, top_k_index, top_k_weights, timeline)
         with torch.inference_mode():
-            return _Ready(self._forward(layer, x, top_k_index, top_k_weights))
+            return _Ready(self._forward(layer, x, top_k_index, top_k_weights, timeline))
 
-    def _forward(self, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def _forward(
+        self, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, timeline: Timeline | None
+    ) -> Tensor:
         start = perf_counter()
         routed = self.bank.forward(layer, x, top_k_index, top_k_weights)
-        if self.timeline is not None:
-            self.timeline.add("experts", layer, start, perf_counter())
+        if timeline is not None:
+            timeline.add("experts", layer, start, perf_counter())
         return routed
 
 
