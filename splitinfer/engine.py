@@ -248,6 +248,7 @@ class _Generation:
         self._eos = frozenset(engine.config.eos_token_ids)
         self._prefill, self._decode = Timeline(), Timeline()
         self._ids: list[int] = []
+        self._seen = list(prompt)  # what a repetition penalty looks at
         self._text: list[str] = []
 
     async def pieces(self) -> AsyncIterator[Piece]:
@@ -271,7 +272,7 @@ class _Generation:
         start = perf_counter()
         logits = model.logits(hidden[-1:])[0]
         middle = perf_counter()
-        token = self._sampler(logits)
+        token = self._sampler(logits, len(self._ids), self._seen)
         timeline.add("head", -1, start, middle)
         timeline.add("sampling", -1, middle, perf_counter())
         return token
@@ -279,12 +280,13 @@ class _Generation:
     def _take(self, token: int) -> tuple[str, StopReason | None]:
         """Add a token: the text that can be shown because of it, and why to stop here (None: go on)."""
         self._ids.append(token)
+        self._seen.append(token)
         reason: StopReason | None = None
         text = ""
         if token in self._eos:
             reason = "eos"
         elif self._decoder is not None:
-            text = self._stops.feed(self._decoder.feed(token))
+            text = self._stops.feed(self._decoder.push(token))
         if self._stops.found:
             return text, "stop"
         if reason is None and len(self._ids) == self._max_tokens:
