@@ -36,7 +36,7 @@ def resident(pid: int) -> float:
 
 
 def measure(engine: splitinfer.Engine, tokens: int) -> splitinfer.Completion:
-    return engine.generate([2, *range(1000, 1031)], max_tokens=tokens)
+    return engine.generate([2, *range(1000, 1031)], max_tokens=tokens, ignore_eos=True)
 
 
 def main() -> None:

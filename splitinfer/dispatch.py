@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -31,9 +32,6 @@ log = logging.getLogger(__name__)
 RETRY_PAUSE = 0.2  # seconds before the same node is asked again when it has no replica
 AVOID_FOR = 5.0  # seconds that a node whose link failed is passed over while its replicas serve
 EXPERT_CALL = "experts"
-FINGERPRINT_ON_WIRE = (
-    16  # hex digits of the model's fingerprint in every call: a restarted node may hold another
-)
 
 Indices = npt.NDArray[np.int64]
 
@@ -62,16 +60,20 @@ class _Call:
 
 
 class _Pending:
-    """What `dispatch` returns: awaiting it adds the partial sums."""
+    """What `dispatch` returns: awaiting it adds the partial sums, cancelling it gives the calls up."""
 
-    __slots__ = ("_combine",)
+    __slots__ = ("_calls", "_combine")
 
-    def __init__(self, combine: Any) -> None:
+    def __init__(self, calls: list[_Call], combine: Callable[[], Coroutine[Any, Any, Tensor]]) -> None:
+        self._calls = calls
         self._combine = combine
 
     def __await__(self) -> Generator[Any, None, Tensor]:
-        awaited: Generator[Any, None, Tensor] = self._combine().__await__()
-        return awaited
+        return self._combine().__await__()
+
+    def cancel(self) -> None:
+        for call in self._calls:
+            call.answer.cancel()
 
 
 class RemoteExperts:
@@ -88,9 +90,9 @@ class RemoteExperts:
         ]
         self._channels = [channels[address] for address in placement.addresses]
         self._timeout = timeout
-        self._model = placement.holdings[0].fingerprint[:FINGERPRINT_ON_WIRE]
         self._avoided: frozenset[int] = frozenset()
         self._avoided_until = 0.0
+        self._looking: set[asyncio.Future[float]] = set()
         self._avoid(frozenset())
 
     @classmethod
@@ -123,6 +125,8 @@ class RemoteExperts:
                 if isinstance(failure, BaseException):
                     raise failure
             holdings = [(a, Holding.from_info(channel.info, a)) for a, channel in channels.items()]
+            for address, holding in holdings:
+                channels[address].on_info = partial(_still_holds, holding, address)
             placement = Placement.plan(
                 holdings, layers=layers, num_experts=num_experts, fingerprint=fingerprint
             )
@@ -132,14 +136,17 @@ class RemoteExperts:
             raise
 
     async def close(self) -> None:
+        """Close the connections. Calls in flight fail."""
+        for task in self._looking:
+            task.cancel()
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     def traffic(self) -> tuple[int, int, int]:
         """(bytes sent, bytes received, calls) since the connections opened, headers included."""
         stats = [channel.stats for channel in self._channels]
         return (
-            sum(s.bytes_sent for s in stats),
-            sum(s.bytes_received for s in stats),
+            sum(s.sent_nbytes for s in stats),
+            sum(s.received_nbytes for s in stats),
             sum(s.calls for s in stats),
         )
 
@@ -167,9 +174,9 @@ class RemoteExperts:
         )
         deadline = perf_counter() + self._timeout
         if self._avoided and perf_counter() > self._avoided_until:
-            self._avoid(frozenset())
+            self._look_again()
         calls = self._send(layer, wire, self._owners[layer][wire.index], deadline)
-        return _Pending(lambda: self._combine(layer, wire, calls, deadline, timeline, x))
+        return _Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline, x))
 
     def _avoid(self, nodes: frozenset[int]) -> None:
         """Ask others instead of these `nodes` for a while, wherever there are others."""
@@ -179,6 +186,20 @@ class RemoteExperts:
             owner = self.placement.owner(layer, nodes)
             self._owners[layer] = np.where(owner < 0, self.placement.owner(layer), owner)
 
+    def _look_again(self) -> None:
+        """Ask those avoided nodes again that have come back; look after the others without waiting."""
+        away = frozenset(node for node in self._avoided if not self._channels[node].connected)
+        for node in away:
+            task = asyncio.ensure_future(self._channels[node].ping())
+            self._looking.add(task)
+            task.add_done_callback(self._seen)
+        self._avoid(away)
+
+    def _seen(self, task: asyncio.Future[float]) -> None:
+        self._looking.discard(task)
+        if not task.cancelled():
+            task.exception()  # still away: no news
+
     def _send(self, layer: int, wire: _Rows, owner: npt.NDArray[np.int16], deadline: float) -> list[_Call]:
         """One call to every node in `owner` [rows, k] (-1: nobody to ask for this entry)."""
         calls = []
@@ -186,7 +207,7 @@ class RemoteExperts:
         nodes = sorted(set(owner.ravel().tolist()) - {-1})
         alone = len(nodes) == 1 and bool((owner >= 0).all())
         out = str(wire.x.dtype).removeprefix("torch.") if alone else "float32"
-        meta = {"layer": layer, "out": out, "model": self._model}
+        meta = {"layer": layer, "out": out}
         for node in nodes:
             mine = owner == node
             needed = mine.any(axis=1)
@@ -195,7 +216,11 @@ class RemoteExperts:
             x, weights = wire.x, wire.weights
             if rows is not None:
                 x, index, weights = x[torch.from_numpy(rows)], index[rows], weights[rows]
-            answer = self._channels[node].start(EXPERT_CALL, [x, index, weights], meta, timeout=timeout)
+            try:
+                answer = self._channels[node].start(EXPERT_CALL, [x, index, weights], meta, timeout=timeout)
+            except Overloaded as error:  # it drains: known before anything was sent
+                answer = asyncio.get_running_loop().create_future()
+                answer.set_exception(error)
             calls.append(_Call(node, rows, index, out, answer))
         return calls
 
@@ -217,8 +242,14 @@ class RemoteExperts:
             for call in calls:
                 try:
                     reply = await call.answer
-                except DeadlineExceeded:
-                    raise
+                except DeadlineExceeded as error:
+                    address = self.placement.addresses[call.node]
+                    raise DeadlineExceeded(
+                        f"node {address} gave no answer for layer {layer} within {self._timeout:g} s",
+                        timeout=self._timeout,
+                        peer=address,
+                        remedy=f"see whether the node at {address} runs and is not overloaded, or raise --timeout",
+                    ) from error
                 except (LinkError, Overloaded) as error:
                     lost.append((call, error))
                     continue
@@ -282,6 +313,19 @@ class RemoteExperts:
         return self._send(layer, wire, np.where(asked >= 0, owners[asked], np.int16(-1)), deadline)
 
 
+def _still_holds(before: Holding, address: str, info: dict[str, Any]) -> None:
+    """A node that came back must hold what it held: the placement was made from it."""
+    now = Holding.from_info(info, address)
+    if now != before:
+        same_model = now.fingerprint == before.fingerprint
+        what = str(now) if same_model else f"another model ({now.fingerprint[:12]})"
+        raise PlacementError(
+            f"node {address} came back holding {what}, not {before}",
+            conflicts=(f"{address}: {now}",),
+            remedy="restart the node as it was, or open the engine again",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """A block of rows as it goes on the wire: [rows, hidden], and [rows, k] twice."""
@@ -295,11 +339,11 @@ def _sum(partials: list[tuple[int, Indices | None, Tensor]], x: Tensor) -> Tenso
     """Partial sums [some rows, hidden] added in node order, in float32, rounded once to the dtype of `x`."""
     if len(partials) == 1 and partials[0][1] is None:
         return partials[0][2].to(x.dtype)
-    partials.sort(key=lambda partial: partial[0])
+    partials.sort(key=lambda entry: entry[0])
     total = torch.zeros(x.shape, dtype=torch.float32)
-    for _, rows, partial in partials:
+    for _, rows, part in partials:
         if rows is None:
-            total += partial
+            total += part
         else:
-            total.index_add_(0, torch.from_numpy(rows), partial.float())
+            total.index_add_(0, torch.from_numpy(rows), part.float())
     return total.to(x.dtype)

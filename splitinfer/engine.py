@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
@@ -151,19 +152,25 @@ class AsyncEngine:
         raise AssertionError("a stream ends with its completion")
 
     async def stream(
-        self, prompt: Prompt, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        **sampling: Any,
     ) -> AsyncGenerator[Piece, None]:
         """Yield pieces as tokens come; the last piece carries the completion.
 
         `max_tokens` defaults to 256, or to what is left of the context; `stop` are strings that end the
-        completion and are not part of it; `sampling` are the fields of `SamplingParams` (temperature 0, the
-        default, is greedy).
+        completion and are not part of it; `ignore_eos` goes on after an end-of-sequence token, for
+        measurements; `sampling` are the fields of `SamplingParams` (temperature 0, the default, is greedy).
         """
-        run = _Generation(
-            self, self.encode(prompt), max_tokens, stop, SamplingParams(**_known(SamplingParams, sampling))
-        )
-        async for piece in run.pieces():
-            yield piece
+        params = SamplingParams(**_known(SamplingParams, sampling))
+        run = _Generation(self, self.encode(prompt), max_tokens, stop, ignore_eos, params)
+        async with aclosing(run.pieces()) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """The next-token logits after every position of `token_ids`, float32 [len(token_ids), vocab]."""
@@ -224,6 +231,7 @@ class _Generation:
         prompt: list[int],
         max_tokens: int | None,
         stop: Sequence[str],
+        ignore_eos: bool,
         params: SamplingParams,
     ) -> None:
         room = engine.context - len(prompt)
@@ -245,13 +253,14 @@ class _Generation:
         self._stops = StopStrings(stop)
         self._sampler = Sampler(params)
         self._decoder: StreamDecoder | None = engine.tokenizer.stream() if engine.tokenizer else None
-        self._eos = frozenset(engine.config.eos_token_ids)
+        self._eos = frozenset(() if ignore_eos else engine.config.eos_token_ids)
         self._prefill, self._decode = Timeline(), Timeline()
         self._ids: list[int] = []
         self._seen = list(prompt)  # what a repetition penalty looks at
         self._text: list[str] = []
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The completion in pieces, the last with everything."""
         engine, model, cache = self._engine, self._engine.model, self._engine.new_cache()
         traffic, started = engine.traffic(), perf_counter()
         async for block in engine.prefill(self._prompt, cache, self._prefill):

@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 
 from splitinfer import transport
-from splitinfer.dispatch import EXPERT_CALL, FINGERPRINT_ON_WIRE
+from splitinfer.dispatch import EXPERT_CALL
 from splitinfer.errors import UsageError
 from splitinfer.model.compute import INLINE_ROWS, submit
 from splitinfer.model.experts import ExpertBank
@@ -163,9 +163,7 @@ class _Request:
     __slots__ = ("index", "layer", "out", "rows", "weights", "x")
 
     def __init__(self, call: transport.Call, hidden_size: int, holding: Holding) -> None:
-        layer, out, model = call.meta.get("layer"), call.meta.get("out"), call.meta.get("model")
-        if model != holding.fingerprint[:FINGERPRINT_ON_WIRE]:
-            raise UsageError(f"this node holds another model than {model!r}")
+        layer, out = call.meta.get("layer"), call.meta.get("out")
         if layer not in holding.layers:
             raise UsageError(f"this node does not hold layer {layer!r}; it holds {holding}")
         if len(call.tensors) != 3:

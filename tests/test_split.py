@@ -55,7 +55,7 @@ async def run(
     nodes = await start(model, parts)
     try:
         async with AsyncEngine(model, [node.address for node in nodes], **settings) as engine:
-            completion = await engine.generate(PROMPT, max_tokens=TOKENS)
+            completion = await engine.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True)
             return completion, await engine.logits(PROMPT)
     finally:
         await stop(nodes)
@@ -186,7 +186,7 @@ class TestTrouble:
             nodes = await start(checkpoint, [(None, None), (None, None)])
             ids: list[int] = []
             async with AsyncEngine(checkpoint, [node.address for node in nodes]) as engine:
-                async for piece in engine.stream(PROMPT, max_tokens=TOKENS):
+                async for piece in engine.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
                     ids += piece.token_ids
                     if len(ids) == 10:
                         await nodes[0].stop()
@@ -203,7 +203,7 @@ class TestTrouble:
             port = int(nodes[0].address.rpartition(":")[2])
             ids: list[int] = []
             async with AsyncEngine(checkpoint, [nodes[0].address]) as engine:
-                async for piece in engine.stream(PROMPT, max_tokens=TOKENS):
+                async for piece in engine.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
                     ids += piece.token_ids
                     if len(ids) == 10:
                         await nodes[0].stop()
@@ -219,7 +219,7 @@ class TestTrouble:
             nodes = await start(checkpoint, PLACEMENTS["2 nodes by experts"])
             async with AsyncEngine(checkpoint, [node.address for node in nodes], timeout=1.0) as engine:
                 gone = nodes[1].address
-                async for _ in engine.stream(PROMPT, max_tokens=TOKENS):
+                async for _ in engine.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
                     await nodes[1].stop()
             await stop(nodes)
             raise AssertionError(gone)
@@ -255,7 +255,7 @@ def test_a_missing_answer_is_never_zeros(checkpoint: Path) -> None:
         node = (await start(checkpoint, [("0-5", None)]))[0]
         channel = await transport.connect(node.address)
         x = torch.zeros(1, 48)
-        meta = {"layer": 0, "out": "float32", "model": node.holding.fingerprint[:16]}
+        meta = {"layer": 0, "out": "float32"}
         try:
             await channel.call(
                 "experts",
