@@ -110,7 +110,7 @@ class Engine:
         """Run `work` on the engine's loop and wait. An interrupt here cancels it there."""
         if self._thread is None:
             work.close()
-            raise UsageError("the engine is closed", remedy="open another with splitinfer.load(...)")
+            raise UsageError("the engine is closed", remedy="Open another with splitinfer.load(...).")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

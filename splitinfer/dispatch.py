@@ -243,13 +243,7 @@ class RemoteExperts:
                 try:
                     reply = await call.answer
                 except DeadlineExceeded as error:
-                    address = self.placement.addresses[call.node]
-                    raise DeadlineExceeded(
-                        f"node {address} gave no answer for layer {layer} within {self._timeout:g} s",
-                        timeout=self._timeout,
-                        peer=address,
-                        remedy=f"see whether the node at {address} runs and is not overloaded, or raise --timeout",
-                    ) from error
+                    raise self._late(call, layer) from error
                 except (LinkError, Overloaded) as error:
                     lost.append((call, error))
                     continue
@@ -266,6 +260,15 @@ class RemoteExperts:
             timeline.add("experts", layer, split, end)
         return _sum(partials, wire.x).to(like.device)
 
+    def _late(self, call: _Call, layer: int) -> DeadlineExceeded:
+        address = self.placement.addresses[call.node]
+        return DeadlineExceeded(
+            f"node {address} gave no answer for layer {layer} within {self._timeout:g} s",
+            timeout=self._timeout,
+            peer=address,
+            remedy=f"See whether the node at {address} runs and is not overloaded, or raise --timeout.",
+        )
+
     def _partial(self, call: _Call, reply: transport.Reply, wire: _Rows) -> Tensor:
         """The answer's tensor, checked against what was asked."""
         expected = (len(call.experts), wire.x.shape[1])
@@ -275,7 +278,7 @@ class RemoteExperts:
             raise RemoteProtocolError(
                 f"node {address} answered an expert call with {shapes}, not [{expected}]",
                 peer=address,
-                remedy="run the same version of splitinfer on both machines",
+                remedy="Run the same version of splitinfer on both machines.",
             )
         if reply.tensors[0].dtype != call.out:
             raise RemoteProtocolError(
@@ -307,7 +310,7 @@ class RemoteExperts:
                 raise PlacementError(
                     f"node {address} is gone and nobody else holds its experts of layer {layer}",
                     gaps=(f"layer {layer}: experts {format_ranges(wanted.tolist())}",),
-                    remedy=f"restart the node at {address}, or start a replica and name it in --nodes",
+                    remedy=f"Restart the node at {address}, or start a replica and name it in --nodes.",
                 ) from error
             await asyncio.sleep(RETRY_PAUSE)
         return self._send(layer, wire, np.where(asked >= 0, owners[asked], np.int16(-1)), deadline)
@@ -322,7 +325,7 @@ def _still_holds(before: Holding, address: str, info: dict[str, Any]) -> None:
         raise PlacementError(
             f"node {address} came back holding {what}, not {before}",
             conflicts=(f"{address}: {now}",),
-            remedy="restart the node as it was, or open the engine again",
+            remedy="Restart the node as it was, or open the engine again.",
         )
 
 

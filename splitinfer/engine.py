@@ -74,7 +74,7 @@ class AsyncEngine:
         **settings: Any,
     ) -> None:
         if isinstance(nodes, str):
-            raise UsageError("nodes takes a list of addresses", remedy=f"write nodes=[{nodes!r}]")
+            raise UsageError("nodes takes a list of addresses", remedy=f"Write nodes=[{nodes!r}].")
         self._model_name = model
         self._addresses = tuple(nodes or ())
         self.settings = config or EngineConfig(**_known(EngineConfig, settings))
@@ -140,7 +140,7 @@ class AsyncEngine:
         """This machine's half of the model. Raises `UsageError` before `open` and after `close`."""
         if self._gemma is None:
             raise UsageError(
-                "the engine is not open", remedy="use it as `with splitinfer.load(...) as engine:`"
+                "the engine is not open", remedy="Use it as `with splitinfer.load(...) as engine:`."
             )
         return self._gemma
 
@@ -185,23 +185,23 @@ class AsyncEngine:
             if self.tokenizer is None:
                 raise UsageError(
                     f"{self.checkpoint.path} has no tokenizer",
-                    remedy="give the prompt as token ids (--token-ids)",
+                    remedy="Give the prompt as token ids (--token-ids).",
                 )
             ids = self.tokenizer.encode(prompt) if prompt else []
         else:
             ids = [int(token) for token in prompt]
         if not ids:
-            raise UsageError("the prompt is empty", remedy="give at least one token of text")
+            raise UsageError("the prompt is empty", remedy="Give at least one token of text.")
         vocab = self.config.vocab_size
         for token in ids:
             if not 0 <= token < vocab:
                 raise UsageError(
-                    f"token id {token} is not in the vocabulary of {vocab}", remedy=f"use 0-{vocab - 1}"
+                    f"token id {token} is not in the vocabulary of {vocab}", remedy=f"Use 0-{vocab - 1}."
                 )
         if len(ids) > self.context:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, the context holds {self.context}",
-                remedy="shorten the prompt, or raise --context as far as the model and memory allow",
+                remedy="Shorten the prompt, or raise --context as far as the model and memory allow.",
             )
         return ids
 
@@ -238,12 +238,12 @@ class _Generation:
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, room)
         if max_tokens < 1 and room >= 1:
-            raise UsageError(f"max_tokens is {max_tokens}", remedy="ask for at least one token")
+            raise UsageError(f"max_tokens is {max_tokens}", remedy="Ask for at least one token.")
         if max_tokens > room or room < 1:
             raise UsageError(
                 f"{len(prompt)} prompt tokens and {max_tokens} new ones do not fit "
                 f"the context of {engine.context}",
-                remedy="shorten the prompt, lower --max-tokens, or raise --context",
+                remedy="Shorten the prompt, lower --max-tokens, or raise --context.",
             )
         if stop and engine.tokenizer is None:
             raise UsageError(f"{engine.checkpoint.path} has no tokenizer, so stop strings cannot be found")
@@ -346,7 +346,7 @@ def _known(kind: type, options: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in fields(kind)]
     for name in options:
         if name not in names:
-            raise UsageError(f"there is no option {name!r}", remedy=f"choose among {', '.join(names)}")
+            raise UsageError(f"there is no option {name!r}", remedy=f"Choose among {', '.join(names)}.")
     return options
 
 
@@ -356,7 +356,7 @@ def _context(asked: int | None, config: ModelConfig) -> int:
         return min(limit, DEFAULT_CONTEXT)
     if not 1 <= asked <= limit:
         raise UsageError(
-            f"a context of {asked} tokens is not possible", remedy=f"this model takes 1 to {limit}"
+            f"a context of {asked} tokens is not possible", remedy=f"This model takes 1 to {limit}."
         )
     return asked
 
@@ -365,6 +365,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name not in ("float32", "bfloat16"):
-        raise UsageError(f"cannot compute in dtype {name!r}", remedy="choose float32 or bfloat16")
+        raise UsageError(f"cannot compute in dtype {name!r}", remedy="Choose float32 or bfloat16.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -87,7 +87,7 @@ class ExpertNode:
     @property
     def _running(self) -> tuple[ExpertBank, transport.Server]:
         if self._bank is None or self._server is None:
-            raise UsageError("the node has not started", remedy="await node.start() first")
+            raise UsageError("the node has not started", remedy="Await node.start() first.")
         return self._bank, self._server
 
     async def start(self) -> None:

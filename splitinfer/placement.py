@@ -35,22 +35,24 @@ def parse_ranges(text: str, count: int, flag: str) -> tuple[int, ...]:
         match = _PART.fullmatch(part)
         if match is None:
             raise UsageError(
-                f"{flag} {text!r}: {part.strip()!r} is not a range", remedy=f"write it like {flag} 0-31,64-95"
+                f"{flag} {text!r}: {part.strip()!r} is not a range",
+                remedy=f"Write it like {flag} 0-31,64-95.",
             )
         low = int(match[1])
         high = int(match[2]) if match[2] else low
         if high < low:
             raise UsageError(
-                f"{flag} {text!r}: the range {low}-{high} runs backwards", remedy=f"write {flag} {high}-{low}"
+                f"{flag} {text!r}: the range {low}-{high} runs backwards",
+                remedy=f"Write {flag} {high}-{low}.",
             )
         if high >= count:
             raise UsageError(
                 f"{flag} {text!r}: {high} is out of bounds, this model has {count} (0-{count - 1})",
-                remedy=f"choose within 0-{count - 1}",
+                remedy=f"Choose within 0-{count - 1}.",
             )
         span = range(low, high + 1)
         if not ids.isdisjoint(span):
-            raise UsageError(f"{flag} {text!r}: {low}-{high} is named twice", remedy="name every id once")
+            raise UsageError(f"{flag} {text!r}: {low}-{high} is named twice", remedy="Name every id once.")
         ids.update(span)
     return tuple(sorted(ids))
 
@@ -111,7 +113,7 @@ class Holding:
             raise RemoteProtocolError(
                 f"{peer} answers, but not as an expert node ({error})",
                 peer=peer,
-                remedy="check the address: `splitinfer node` prints the one it listens on",
+                remedy="Check the address: `splitinfer node` prints the one it listens on.",
             ) from error
 
 
@@ -163,7 +165,7 @@ class Placement:
                 raise PlacementError(
                     f"node {address} holds another model (fingerprint {holding.fingerprint[:12]}, "
                     f"this one is {fingerprint[:12]})",
-                    remedy="start the node on the same checkpoint, or leave it out of --nodes",
+                    remedy="Start the node on the same checkpoint, or leave it out of --nodes.",
                 )
         ordered = sorted(nodes, key=lambda node: (node[1].experts, node[1].layers, node[0]))
         holders = {layer: np.zeros((len(ordered), num_experts), dtype=np.bool_) for layer in layers}
@@ -171,7 +173,7 @@ class Placement:
             if holding.experts[-1] >= num_experts:
                 raise PlacementError(
                     f"node {address} offers expert {holding.experts[-1]}, the model has {num_experts}",
-                    remedy="start the node on the same checkpoint",
+                    remedy="Start the node on the same checkpoint.",
                 )
             for layer in set(holding.layers) & holders.keys():
                 holders[layer][row, list(holding.experts)] = True
@@ -185,9 +187,9 @@ class Placement:
                 f"the nodes do not serve the whole model: {'; '.join(trouble)}",
                 gaps=gaps,
                 conflicts=conflicts,
-                remedy="start nodes for what is missing and give all addresses with --nodes"
+                remedy="Start nodes for what is missing and give all addresses with --nodes."
                 if gaps
-                else "give every replica the same weight format",
+                else "Give every replica the same weight format.",
             )
         return cls(
             tuple(address for address, _ in ordered), tuple(holding for _, holding in ordered), holders
