@@ -22,8 +22,8 @@
             ├── Overloaded          it refused for lack of room, or is draining
             └── RemoteError         its handler failed; carries the peer's code and message
 
-Every exception has a `remedy`: one imperative sentence for a person, with its full stop, or "". The command line prints
-`error: <message>` and the remedy, without a traceback, and leaves with `exit_code`.
+Every exception has a `remedy`: one imperative sentence for a person, with its full stop, or "". The command
+line prints `error: <message>` and the remedy, without a traceback, and leaves with `exit_code`.
 """
 
 from __future__ import annotations
