@@ -78,6 +78,7 @@ class AsyncEngine:
         self._model_name = model
         self._addresses = tuple(nodes or ())
         self.settings = config or EngineConfig(**_known(EngineConfig, settings))
+        self._checkpoint: Checkpoint | None = None
         self._experts: RemoteExperts | None = None
         self._gemma: Gemma | None = None
 
@@ -91,7 +92,7 @@ class AsyncEngine:
     async def open(self) -> None:
         """Read the checkpoint, connect to the nodes, check coverage, load this machine's half."""
         loop = asyncio.get_running_loop()
-        self.checkpoint = await loop.run_in_executor(
+        self._checkpoint = await loop.run_in_executor(
             None, lambda: Checkpoint.open(resolve_model(self._model_name))
         )
         config = self.config
@@ -139,10 +140,15 @@ class AsyncEngine:
     def model(self) -> Gemma:
         """This machine's half of the model. Raises `UsageError` before `open` and after `close`."""
         if self._gemma is None:
-            raise UsageError(
-                "the engine is not open", remedy="Use it as `with splitinfer.load(...) as engine:`."
-            )
+            raise _not_open()
         return self._gemma
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model's files. Raises `UsageError` before `open`."""
+        if self._checkpoint is None:
+            raise _not_open()
+        return self._checkpoint
 
     async def generate(self, prompt: Prompt, **options: Any) -> Completion:
         """The whole completion of `prompt`, text or token ids. Options are those of `stream`."""
@@ -253,7 +259,8 @@ class _Generation:
         self._stops = StopStrings(stop)
         self._sampler = Sampler(params)
         self._decoder: StreamDecoder | None = engine.tokenizer.stream() if engine.tokenizer else None
-        self._eos = frozenset(() if ignore_eos else engine.config.eos_token_ids)
+        eos_ids = engine.tokenizer.eos_ids if engine.tokenizer else engine.config.eos_token_ids
+        self._eos = frozenset(() if ignore_eos else eos_ids)
         self._prefill, self._decode = Timeline(), Timeline()
         self._ids: list[int] = []
         self._seen = list(prompt)  # what a repetition penalty looks at
@@ -339,6 +346,10 @@ def _whole_bank(checkpoint: Checkpoint, dtype: torch.dtype | None) -> ExpertBank
     config = checkpoint.config
     everything = range(config.num_experts) if config.enable_moe_block else ()
     return ExpertBank(checkpoint, dict.fromkeys(range(config.num_hidden_layers), everything), dtype=dtype)
+
+
+def _not_open() -> UsageError:
+    return UsageError("the engine is not open", remedy="Use it as `with splitinfer.load(...) as engine:`.")
 
 
 def _known(kind: type, options: dict[str, Any]) -> dict[str, Any]:
