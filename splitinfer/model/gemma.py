@@ -316,7 +316,9 @@ class Gemma:
         if layer.router is None or self.experts is None:
             return await compute(rows, layer.without_experts, x, step)
         to = await compute(rows, layer.route, x, layer.router, step)
-        routed = self.experts.dispatch(layer.index, to.expert_input, to.top_k_index, to.top_k_weights)
+        routed = self.experts.dispatch(
+            layer.index, to.expert_input, to.top_k_index, to.top_k_weights, step.timeline
+        )
         try:
             dense = await compute(rows, layer.dense, to.dense_input, step)
         except BaseException:
