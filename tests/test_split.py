@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +37,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
 
 
-async def start(model: Path, parts: Sequence[tuple[str | None, str | None]]) -> list[ExpertNode]:
+@asynccontextmanager
+async def running(
+    model: Path, parts: Sequence[tuple[str | None, str | None]]
+) -> AsyncIterator[list[ExpertNode]]:
+    """Such nodes on free ports. The list may be changed; what is in it at the end is stopped."""
     nodes = [ExpertNode(model, experts, layers, port=0) for experts, layers in parts]
-    for node in nodes:
-        await node.start()
-    return nodes
+    try:
+        for node in nodes:
+            await node.start()
+        yield nodes
+    finally:
+        for node in nodes:
+            await node.stop()
 
 
-async def stop(nodes: Sequence[ExpertNode]) -> None:
-    for node in nodes:
-        await node.stop()
+def addresses(nodes: Sequence[ExpertNode]) -> list[str]:
+    return [node.address for node in nodes]
 
 
 async def run(
     model: Path, parts: Sequence[tuple[str | None, str | None]], **settings: Any
 ) -> tuple[Completion, np.ndarray]:
     """64 greedy tokens and the prompt's logits, with the experts on such nodes (none: here)."""
-    nodes = await start(model, parts)
-    try:
-        async with AsyncEngine(model, [node.address for node in nodes], **settings) as engine:
-            completion = await engine.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True)
-            return completion, await engine.logits(PROMPT)
-    finally:
-        await stop(nodes)
+    async with running(model, parts) as nodes, AsyncEngine(model, addresses(nodes), **settings) as engine:
+        completion = await engine.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True)
+        return completion, await engine.logits(PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +84,11 @@ def test_the_order_of_the_addresses_does_not_matter(checkpoint: Path) -> None:
     """Bit for bit: the client adds partial sums in an order of its own."""
 
     async def both() -> tuple[np.ndarray, np.ndarray]:
-        nodes = await start(checkpoint, PLACEMENTS["out of order"])
-        addresses = [node.address for node in nodes]
         logits = []
-        for order in (addresses, addresses[::-1]):
-            async with AsyncEngine(checkpoint, order) as engine:
-                logits.append(await engine.logits(PROMPT))
-        await stop(nodes)
+        async with running(checkpoint, PLACEMENTS["out of order"]) as nodes:
+            for order in (addresses(nodes), addresses(nodes)[::-1]):
+                async with AsyncEngine(checkpoint, order) as engine:
+                    logits.append(await engine.logits(PROMPT))
         return logits[0], logits[1]
 
     straight, reversed_ = asyncio.run(both())
@@ -95,12 +97,10 @@ def test_the_order_of_the_addresses_does_not_matter(checkpoint: Path) -> None:
 
 def test_one_call_per_node_per_layer_with_only_its_rows(checkpoint: Path) -> None:
     async def count() -> tuple[Completion, list[int], list[int]]:
-        nodes = await start(checkpoint, PLACEMENTS["2 nodes by layers"])
-        async with AsyncEngine(checkpoint, [node.address for node in nodes]) as engine:
-            completion = await engine.generate(PROMPT, max_tokens=8)
-        counted = completion, [node.calls for node in nodes], [node.rows for node in nodes]
-        await stop(nodes)
-        return counted
+        async with running(checkpoint, PLACEMENTS["2 nodes by layers"]) as nodes:
+            async with AsyncEngine(checkpoint, addresses(nodes)) as engine:
+                completion = await engine.generate(PROMPT, max_tokens=8, ignore_eos=True)
+            return completion, [node.calls for node in nodes], [node.rows for node in nodes]
 
     completion, calls, rows = asyncio.run(count())
     steps = 8  # one prefill, seven decoded tokens
@@ -114,12 +114,10 @@ def test_a_node_is_sent_only_the_rows_it_has_work_for(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "top1", tiny_config(top_k_experts=1))
 
     async def count() -> list[int]:
-        nodes = await start(model, PLACEMENTS["2 nodes by experts"])
-        async with AsyncEngine(model, [node.address for node in nodes]) as engine:
-            await engine.logits(PROMPT)
-        rows = [node.rows for node in nodes]
-        await stop(nodes)
-        return rows
+        async with running(model, PLACEMENTS["2 nodes by experts"]) as nodes:
+            async with AsyncEngine(model, addresses(nodes)) as engine:
+                await engine.logits(PROMPT)
+            return [node.rows for node in nodes]
 
     rows = asyncio.run(count())
     assert sum(rows) == 4 * len(PROMPT)
@@ -140,12 +138,13 @@ def test_several_sequences_at_once_get_the_tokens_they_would_have_alone(checkpoi
     prompts = [PROMPT, PROMPT[:7], [2, 100, 3, 50], [9]]
 
     async def together() -> tuple[list[Completion], list[Completion]]:
-        nodes = await start(checkpoint, PLACEMENTS["2 nodes by experts"])
-        async with AsyncEngine(checkpoint, [node.address for node in nodes]) as engine:
-            alone = [await engine.generate(prompt, max_tokens=20) for prompt in prompts]
-            at_once = await asyncio.gather(*(engine.generate(p, max_tokens=20) for p in prompts))
-        await stop(nodes)
-        return alone, list(at_once)
+        options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True}
+        async with (
+            running(checkpoint, PLACEMENTS["2 nodes by experts"]) as nodes,
+            AsyncEngine(checkpoint, addresses(nodes)) as engine,
+        ):
+            alone = [await engine.generate(prompt, **options) for prompt in prompts]
+            return alone, await asyncio.gather(*(engine.generate(prompt, **options) for prompt in prompts))
 
     alone, at_once = asyncio.run(together())
     assert [c.token_ids for c in alone] == [c.token_ids for c in at_once]
@@ -162,12 +161,8 @@ class TestTrouble:
         other = write_checkpoint(tmp_path / "other", seed=7)
 
         async def mixed() -> None:
-            nodes = await start(other, [(None, None)])
-            try:
-                async with AsyncEngine(checkpoint, [nodes[0].address]):
-                    pass
-            finally:
-                await stop(nodes)
+            async with running(other, [(None, None)]) as nodes, AsyncEngine(checkpoint, addresses(nodes)):
+                pass
 
         with pytest.raises(PlacementError, match="holds another model"):
             asyncio.run(mixed())
@@ -183,14 +178,15 @@ class TestTrouble:
 
     def test_a_replica_takes_over(self, checkpoint: Path, local: tuple[Completion, np.ndarray]) -> None:
         async def lose_one() -> tuple[int, ...]:
-            nodes = await start(checkpoint, [(None, None), (None, None)])
             ids: list[int] = []
-            async with AsyncEngine(checkpoint, [node.address for node in nodes]) as engine:
+            async with (
+                running(checkpoint, [(None, None), (None, None)]) as nodes,
+                AsyncEngine(checkpoint, addresses(nodes)) as engine,
+            ):
                 async for piece in engine.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
                     ids += piece.token_ids
                     if len(ids) == 10:
                         await nodes[0].stop()
-            await nodes[1].stop()
             return tuple(ids)
 
         assert asyncio.run(lose_one()) == local[0].token_ids
@@ -199,30 +195,30 @@ class TestTrouble:
         self, checkpoint: Path, local: tuple[Completion, np.ndarray]
     ) -> None:
         async def restart() -> tuple[int, ...]:
-            nodes = await start(checkpoint, [(None, None)])
-            port = int(nodes[0].address.rpartition(":")[2])
             ids: list[int] = []
-            async with AsyncEngine(checkpoint, [nodes[0].address]) as engine:
+            async with (
+                running(checkpoint, [(None, None)]) as nodes,
+                AsyncEngine(checkpoint, addresses(nodes)) as engine,
+            ):
+                port = int(nodes[0].address.rpartition(":")[2])
                 async for piece in engine.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
                     ids += piece.token_ids
                     if len(ids) == 10:
                         await nodes[0].stop()
                         nodes[0] = ExpertNode(checkpoint, port=port)
                         await nodes[0].start()
-            await stop(nodes)
             return tuple(ids)
 
         assert asyncio.run(restart()) == local[0].token_ids
 
     def test_a_node_that_stays_away_is_named(self, checkpoint: Path) -> None:
         async def lose() -> None:
-            nodes = await start(checkpoint, PLACEMENTS["2 nodes by experts"])
-            async with AsyncEngine(checkpoint, [node.address for node in nodes], timeout=1.0) as engine:
-                gone = nodes[1].address
+            async with (
+                running(checkpoint, PLACEMENTS["2 nodes by experts"]) as nodes,
+                AsyncEngine(checkpoint, addresses(nodes), timeout=1.0) as engine,
+            ):
                 async for _ in engine.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
                     await nodes[1].stop()
-            await stop(nodes)
-            raise AssertionError(gone)
 
         with pytest.raises(SplitinferError, match=r"127\.0\.0\.1") as error:
             asyncio.run(lose())
@@ -232,16 +228,15 @@ class TestTrouble:
         other = write_checkpoint(tmp_path / "other", seed=7)
 
         async def swap() -> None:
-            node = (await start(checkpoint, [(None, None)]))[0]
-            port = int(node.address.rpartition(":")[2])
-            async with AsyncEngine(checkpoint, [node.address], timeout=5.0) as engine:
-                await node.stop()
-                node = ExpertNode(other, port=port)
-                await node.start()
-                try:
-                    await engine.generate(PROMPT, max_tokens=4)
-                finally:
-                    await node.stop()
+            async with (
+                running(checkpoint, [(None, None)]) as nodes,
+                AsyncEngine(checkpoint, addresses(nodes), timeout=5.0) as engine,
+            ):
+                port = int(nodes[0].address.rpartition(":")[2])
+                await nodes[0].stop()
+                nodes[0] = ExpertNode(other, port=port)
+                await nodes[0].start()
+                await engine.generate(PROMPT, max_tokens=4)
 
         with pytest.raises(SplitinferError, match="another model"):
             asyncio.run(swap())
@@ -252,20 +247,10 @@ def test_a_missing_answer_is_never_zeros(checkpoint: Path) -> None:
     from splitinfer import transport
 
     async def ask() -> None:
-        node = (await start(checkpoint, [("0-5", None)]))[0]
-        channel = await transport.connect(node.address)
-        x = torch.zeros(1, 48)
-        meta = {"layer": 0, "out": "float32"}
-        try:
-            await channel.call(
-                "experts",
-                [x, np.array([[7, -1, -1]], np.int16), np.ones((1, 3), np.float32)],
-                meta,
-                timeout=5.0,
-            )
-        finally:
-            await channel.close()
-            await node.stop()
+        tensors = [torch.zeros(1, 48), np.array([[7, -1, -1]], np.int16), np.ones((1, 3), np.float32)]
+        async with running(checkpoint, [("0-5", None)]) as nodes:
+            async with await transport.connect(nodes[0].address) as channel:
+                await channel.call("experts", tensors, {"layer": 0, "out": "float32"}, timeout=5.0)
 
     with pytest.raises(SplitinferError, match="7"):
         asyncio.run(ask())
