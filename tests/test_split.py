@@ -16,6 +16,7 @@ from splitinfer import AsyncEngine, Completion, ExpertNode
 from splitinfer.errors import ConnectError, PlacementError, SplitinferError
 from tests.checkpoints import tiny_config, write_checkpoint
 
+Part = tuple[str | None, str | None]  # --experts and --layers of a node
 PROMPT = [2, *range(5, 60)]  # several times the sliding window of 8
 TOKENS = 64
 
@@ -38,9 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def running(
-    model: Path, parts: Sequence[tuple[str | None, str | None]]
-) -> AsyncIterator[list[ExpertNode]]:
+async def running(model: Path, parts: Sequence[Part]) -> AsyncIterator[list[ExpertNode]]:
     """Such nodes on free ports. The list may be changed; what is in it at the end is stopped."""
     nodes = [ExpertNode(model, experts, layers, port=0) for experts, layers in parts]
     try:
@@ -56,9 +55,7 @@ def addresses(nodes: Sequence[ExpertNode]) -> list[str]:
     return [node.address for node in nodes]
 
 
-async def run(
-    model: Path, parts: Sequence[tuple[str | None, str | None]], **settings: Any
-) -> tuple[Completion, np.ndarray]:
+async def run(model: Path, parts: Sequence[Part], **settings: Any) -> tuple[Completion, np.ndarray]:
     """64 greedy tokens and the prompt's logits, with the experts on such nodes (none: here)."""
     async with running(model, parts) as nodes, AsyncEngine(model, addresses(nodes), **settings) as engine:
         completion = await engine.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True)
@@ -248,9 +245,11 @@ def test_a_missing_answer_is_never_zeros(checkpoint: Path) -> None:
 
     async def ask() -> None:
         tensors = [torch.zeros(1, 48), np.array([[7, -1, -1]], np.int16), np.ones((1, 3), np.float32)]
-        async with running(checkpoint, [("0-5", None)]) as nodes:
-            async with await transport.connect(nodes[0].address) as channel:
-                await channel.call("experts", tensors, {"layer": 0, "out": "float32"}, timeout=5.0)
+        async with (
+            running(checkpoint, [("0-5", None)]) as nodes,
+            await transport.connect(nodes[0].address) as channel,
+        ):
+            await channel.call("experts", tensors, {"layer": 0, "out": "float32"}, timeout=5.0)
 
     with pytest.raises(SplitinferError, match="7"):
         asyncio.run(ask())
