@@ -1,0 +1,209 @@
+"""The matrix kernels in C: built once with the machine's own compiler, called through ctypes.
+
+PyTorch's products of quantised weights are fast on some processors only, its floating-point products let a
+row's result depend on the rows beside it, and an operator per expert costs more than the expert's arithmetic.
+The kernels here have none of that: a row's bits depend on neither its neighbours nor the number of threads.
+Where no compiler is at hand, or `SPLITINFER_KERNELS=torch`, everything runs through PyTorch instead.
+
+They use torch's own OpenMP threads (the library is linked by the name under which torch has loaded it).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitinfer.errors import CapacityError, ConfigError, PlacementError
+
+__all__ = ["FORMAT_CODES", "Kernels", "Matrix", "kernels"]
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "SPLITINFER_KERNELS"
+SOURCES = ("products.c", "experts.c", "attention.c")
+HEADERS = ("vectors.h", "products.h")
+# No contraction: the only fused operations are the written ones, so that every tile rounds alike.
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+BUILD_TIMEOUT = 120.0  # seconds; it takes about five
+FORMAT_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # the enum in products.h
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of products.h. It does not own its memory: whoever makes one keeps the tensors alive."""
+
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+    )
+
+
+class Kernels:
+    """The library's functions, for contiguous CPU tensors. Callers check shapes; dtypes are checked here."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        self._product = library.splitinfer_product
+        self._product.argtypes = [pointer, integer, pointer, integer, size, pointer, integer, integer]
+        self._experts = library.splitinfer_experts
+        self._experts.argtypes = [pointer, pointer, size, pointer, integer, size, pointer, pointer, size]
+        self._experts.argtypes += [pointer, integer, integer]
+        self._experts.restype = ctypes.c_int64
+        self._attend = library.splitinfer_attend
+        self._attend.argtypes = [pointer, pointer, pointer, pointer, integer, *[size] * 7, integer]
+
+    def product(self, matrices: ctypes.Array[Matrix], x: Tensor, out: Tensor) -> Tensor:
+        """x [rows, k] by every matrix, side by side into out [rows, sum of n]; float32 or bfloat16 each."""
+        failed = self._product(
+            ctypes.addressof(matrices), len(matrices), x.data_ptr(), _bfloat16(x), len(x), out.data_ptr(),
+            _bfloat16(out), torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise _no_memory(len(x))
+        return out
+
+    def experts(
+        self,
+        gate_up: ctypes.Array[Matrix],
+        down: ctypes.Array[Matrix],
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """Weighted sum [rows, H] of the experts that index [rows, K] int64 names; weights float32.
+
+        Raises PlacementError for an expert without a matrix; -1 is left out.
+        """
+        if index.dtype != torch.int64 or weights.dtype != torch.float32:
+            raise TypeError(f"top_k_index is {index.dtype}, top_k_weights {weights.dtype}")
+        failed = self._experts(
+            ctypes.addressof(gate_up), ctypes.addressof(down), len(gate_up), x.data_ptr(), _bfloat16(x),
+            len(x), index.data_ptr(), weights.data_ptr(), index.shape[-1], out.data_ptr(), _bfloat16(out),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if failed == -1:
+            raise _no_memory(len(x))
+        if failed:
+            raise PlacementError(f"expert {-2 - failed} is not held here")
+        return out
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """Causal attention of queries [n, N, D] over keys and values [V, S, D], to [n, N * D].
+
+        The last n of the S keys are the queries' own. Keys and values may be slices along S of one larger
+        buffer each, of the same strides.
+        """
+        rows, heads, size = queries.shape
+        kv_heads, seen, _ = keys.shape
+        out = torch.empty((rows, heads * size), dtype=queries.dtype)
+        if keys.dtype != queries.dtype or values.dtype != queries.dtype or keys.stride() != values.stride():
+            raise TypeError(f"queries {queries.dtype}, keys {keys.dtype}, values {values.dtype}")
+        failed = self._attend(
+            queries.contiguous().data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+            _bfloat16(queries), rows, heads, kv_heads, size, seen, keys.stride(0), window or 0,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise _no_memory(rows)
+        return out
+
+
+def _bfloat16(x: Tensor) -> bool:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"the kernels compute in float32 or bfloat16, not {x.dtype}")
+    return x.dtype is torch.bfloat16
+
+
+def _no_memory(rows: int) -> CapacityError:
+    return CapacityError(f"no memory for a step of {rows} rows", remedy="Give fewer rows at a time.")
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The kernels, built on first use; None where they cannot be, with the reason in the log."""
+    wanted = os.environ.get(VARIABLE, "").strip() or "auto"
+    if wanted not in ("auto", "torch"):
+        raise ConfigError(
+            f"environment variable {VARIABLE} must be auto or torch, not {wanted!r}", remedy="correct it"
+        )
+    if wanted == "torch":
+        return None
+    compiler = shutil.which(os.environ.get("CC", "").strip() or "cc") or shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        log.warning("no C compiler: experts run on PyTorch's own products, slower on some processors")
+        return None
+    try:
+        return Kernels(ctypes.CDLL(str(_built(compiler))))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        log.warning("the kernels could not be built, PyTorch's own products are used: %s", _reason(error))
+        return None
+
+
+def _reason(error: Exception) -> str:
+    text: Any = getattr(error, "stderr", None) or str(error)
+    return (text.decode(errors="replace") if isinstance(text, bytes) else text).strip().splitlines()[0]
+
+
+def _built(compiler: str) -> Path:
+    """The library for this processor, compiler and source, from the cache or built into it."""
+    here = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=12)
+    for name in (*SOURCES, *HEADERS):
+        digest.update((here / name).read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_TIMEOUT, check=True)
+    digest.update(b"\0".join([version.stdout, " ".join(FLAGS).encode(), _processor().encode()]))
+    directory = _private_directory()
+    library = directory / f"kernels-{digest.hexdigest()}.so"
+    if not library.is_file():
+        # Built beside its place and renamed: another process sees all of it or nothing.
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            made = Path(scratch) / "kernels.so"
+            _compile(compiler, [here / name for name in SOURCES], made)
+            made.replace(library)
+    return library
+
+
+def _compile(compiler: str, sources: Sequence[Path], library: Path) -> None:
+    command = [compiler, *FLAGS, "-o", str(library), *map(str, sources), "-lm"]
+    subprocess.run(command, capture_output=True, timeout=BUILD_TIMEOUT, check=True)
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = ("flags", "Features", "model name", "cpu family", "model", "CPU part")
+    first = {line.split(":")[0].strip(): line for line in reversed(lines) if ":" in line}
+    return "\n".join(first[name] for name in names if name in first)
+
+
+def _private_directory() -> Path:
+    """Where libraries are kept: nobody else may write there, for they are run. Raises OSError otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    directory = Path(base) / "splitinfer"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{directory} belongs to somebody else, or others may write to it")
+    return directory

@@ -1,0 +1,161 @@
+/* Attention of one sequence's new rows over its cached keys and values. */
+#include "products.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+enum { TILE = 6 }; /* (row, head) pairs that share a pass over one head's keys and values */
+
+typedef struct {
+    const uint8_t *queries, *keys, *values;
+    uint8_t *out;
+    int bfloat16;                        /* all four are bfloat16, or float32 */
+    int64_t rows, heads, kv_heads, size; /* size: the head's dimension */
+    int64_t seen, kv_stride, window;     /* keys; elements between heads; 0: no window */
+} Call;
+
+/* Some query rows' heads that read the same keys: pair i is row `row + i / heads`, head `head + i % heads`. */
+typedef struct {
+    int64_t row, rows, head, heads, kv_head;
+    int64_t lo[TILE], hi[TILE], from, to; /* keys that each pair sees, and all of them together */
+} Tile;
+
+static void place(const Call *c, Tile *t) {
+    t->from = c->seen, t->to = 0;
+    for (int64_t i = 0; i < t->rows * t->heads; i++) {
+        t->hi[i] = c->seen - c->rows + t->row + i / t->heads + 1;
+        t->lo[i] = c->window && t->hi[i] > c->window ? t->hi[i] - c->window : 0;
+        t->from = smaller(t->from, t->lo[i]);
+        t->to = t->hi[i] > t->to ? t->hi[i] : t->to;
+    }
+}
+
+/* scores [pairs, width] of keys `from` to `to`, column 0 being key `from`. */
+static void score(const Call *c, const Tile *t, int64_t pairs, float *queries, float *scores, int64_t width) {
+    int64_t item = c->bfloat16 ? 2 : 4;
+    Matrix keys = {c->bfloat16 ? BFLOAT16 : FLOAT32, 0, t->to - t->from, c->size,
+                   c->keys + (t->kv_head * c->kv_stride + t->from * c->size) * item, 0};
+    Rows rows = rows_at(&keys, pairs, queries);
+    for (int64_t i = 0; i < pairs; i++) {
+        int64_t from = ((t->row + i / t->heads) * c->heads + t->head + i % t->heads) * c->size;
+        copy_row(c->queries, c->bfloat16, from, c->size, rows.x + i * rows.stride, rows.stride);
+    }
+    float part[CHUNK * UNIT];
+    for (int64_t unit = 0; unit < units_of(keys.n); unit++) {
+        unit_product(&keys, rows, 0, pairs, unit, part);
+        for (int64_t i = 0; i < pairs; i++) memcpy(scores + i * width + unit * UNIT, part + i * UNIT, UNIT * 4);
+    }
+}
+
+/* Turns a pair's scores into e^(score - largest), 0 where it sees nothing; returns their sum. Lanes are
+   counted from the first key seen, so that other rows of the tile do not matter. */
+static float exponentials(float *scores, int64_t lo, int64_t hi, int64_t width) {
+    float largest = scores[lo];
+    for (int64_t i = lo + 1; i < hi; i++) largest = scores[i] > largest ? scores[i] : largest;
+    memset(scores, 0, (size_t)lo * 4);
+    for (int64_t i = hi; i < width; i++) scores[i] = -INFINITY;
+    vf sum = (vf){};
+    int64_t i = lo;
+    for (; i < hi; i += VL) {
+        vf e = exponential(load(scores + i) - all(largest));
+        store(scores + i, e);
+        sum += e;
+    }
+    memset(scores + i, 0, (size_t)(width - i) * 4);
+    return sum_of(sum);
+}
+
+/* out [R, C vectors] = sum over keys of weight * value, columns `d` to `d` + C * VL. */
+INLINE void value_tile(const int R, const int C, const int bfloat16, const Call *c, const uint8_t *values,
+                       const float *weights, int64_t width, int64_t count, int64_t d, float *out,
+                       int64_t stride) {
+    vf acc[TILE][8];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < C; v++) acc[r][v] = (vf){};
+    for (int64_t s = 0; s < count; s++)
+        UNROLL for (int v = 0; v < C; v++) {
+            int64_t i = s * c->size + d + v * VL;
+            vf f = bfloat16 ? load_bfloat16((const uint16_t *)values + i) : load((const float *)values + i);
+            UNROLL for (int r = 0; r < R; r++)
+                acc[r][v] = fused(all(weights[r * width + s]), f, acc[r][v]);
+        }
+    for (int r = 0; r < R; r++) for (int v = 0; v < C; v++) store(out + r * stride + d + v * VL, acc[r][v]);
+}
+
+#define COLUMNS(R, C) \
+    { for (; d + C * VL <= size; d += C * VL) \
+          value_tile(R, C, bfloat16, c, values, weights, width, count, d, out, stride); \
+      for (; d + VL <= size; d += VL) \
+          value_tile(R, 1, bfloat16, c, values, weights, width, count, d, out, stride); }
+
+INLINE void weigh(const int bfloat16, const Call *c, const Tile *t, int64_t pairs, const float *weights,
+                  int64_t width, float *out, int64_t stride) {
+    int64_t count = t->to - t->from, size = c->size, d = 0;
+    const uint8_t *values = c->values + (t->kv_head * c->kv_stride + t->from * size) * (bfloat16 ? 2 : 4);
+    switch (pairs) {
+    case 1: COLUMNS(1, 8) break;
+    case 2: COLUMNS(2, 4) break;
+    case 3: COLUMNS(3, 4) break;
+    case 4: COLUMNS(4, 2) break;
+    case 5: COLUMNS(5, 2) break;
+    default: COLUMNS(6, 2)
+    }
+    for (; d < size; d++) /* the odd columns of a head that is no multiple of a vector */
+        for (int64_t r = 0; r < pairs; r++) {
+            float sum = 0.0f;
+            for (int64_t s = 0; s < count; s++) {
+                int64_t i = s * size + d;
+                sum += weights[r * width + s] * (bfloat16 ? one_bfloat16(((const uint16_t *)values)[i])
+                                                          : ((const float *)values)[i]);
+            }
+            out[r * stride + d] = sum;
+        }
+}
+
+static void attend_tile(const Call *c, Tile *t, float *memory) {
+    const int64_t pairs = t->rows * t->heads, stride = padded(c->size);
+    place(c, t);
+    const int64_t width = units_of(t->to - t->from) * UNIT + VL;
+    float *queries = memory, *out = queries + TILE * (stride + stride / 32), *scores = out + TILE * stride;
+    float sums[TILE];
+    score(c, t, pairs, queries, scores, width);
+    for (int64_t i = 0; i < pairs; i++)
+        sums[i] = exponentials(scores + i * width, t->lo[i] - t->from, t->hi[i] - t->from, width);
+    if (c->bfloat16) weigh(1, c, t, pairs, scores, width, out, stride);
+    else weigh(0, c, t, pairs, scores, width, out, stride);
+    for (int64_t i = 0; i < pairs; i++) {
+        float *row = out + i * stride, share = 1.0f / sums[i];
+        for (int64_t d = 0; d < c->size; d++) row[d] *= share;
+        int64_t to = ((t->row + i / t->heads) * c->heads + t->head + i % t->heads) * c->size;
+        write_row(row, c->size, c->out, c->bfloat16, to);
+    }
+}
+
+/* Causal softmax attention, without scaling, of queries [rows, heads, size] over keys and values
+   [kv_heads, seen, size], whose heads lie `kv_stride` elements apart; the last `rows` of them are the queries'
+   own positions. A row sees `window` keys with its own, or all before it for 0. out [rows, heads, size].
+   Returns 0, or -1 without memory. */
+int splitinfer_attend(const void *queries, const void *keys, const void *values, void *out, int bfloat16,
+                      int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t seen,
+                      int64_t kv_stride, int64_t window, int threads) {
+    const Call c = {queries, keys, values, out, bfloat16, rows, heads, kv_heads, size, seen, kv_stride, window};
+    const int64_t group = heads / kv_heads, part = group > TILE ? 4 : group; /* heads of a tile */
+    const int64_t parts = (group + part - 1) / part, height = part < TILE ? TILE / part : 1;
+    const int64_t tiles = (rows + height - 1) / height, stride = padded(size);
+    const int64_t floats = TILE * (2 * stride + stride / 32 + units_of(seen) * UNIT + 2 * UNIT);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (rows * heads * size * seen > PARALLEL_FROM)
+    {
+        float *memory = aligned_alloc(64, ((size_t)floats * 4 + 63) / 64 * 64);
+        if (!memory) failed = 1;
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < kv_heads * parts * tiles; item++) {
+            int64_t row = item / (kv_heads * parts) * height, first = item / kv_heads % parts * part;
+            int64_t kv_head = item % kv_heads;
+            Tile t = {.row = row, .rows = smaller(height, rows - row), .head = kv_head * group + first,
+                      .heads = smaller(part, group - first), .kv_head = kv_head};
+            if (memory) attend_tile(&c, &t, memory);
+        }
+        free(memory);
+    }
+    return failed ? -1 : 0;
+}

@@ -1,0 +1,153 @@
+/* The experts of one layer in one call: rows meet their experts, and leave as weighted sums. */
+#include "products.h"
+
+#include <stdlib.h>
+
+typedef struct {
+    float *memory;        /* all that follows lies in here */
+    Rows source, hidden;  /* x [rows, H] and the activations [places, I], as the products want them */
+    float *gate_up;       /* [places, 2 I] */
+    int32_t *order;       /* [places]: places (row * K + k) by ascending expert */
+    int32_t *row, *begin; /* [places] the row of each; [experts + 1] where each expert begins in `order` */
+    int32_t *used;        /* the experts that any row chose, ascending */
+    int32_t *piece;       /* [used + 1]: pieces of CHUNK places before each used expert */
+} Plan;
+
+static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+static int make_plan(Plan *p, const Matrix *gate_up, const Matrix *down, int64_t experts, int64_t rows,
+                     int64_t places) {
+    int64_t source = rounded(rows_floats(gate_up, rows)), hidden = rounded(rows_floats(down, places));
+    int64_t between = rounded(places * gate_up->n), whole = rounded(2 * places + 3 * experts + 2);
+    p->memory = aligned_alloc(64, (size_t)(source + hidden + between + whole) * 4);
+    if (!p->memory) return -1;
+    p->source = rows_at(gate_up, rows, p->memory);
+    p->hidden = rows_at(down, places, p->memory + source);
+    p->gate_up = p->memory + source + hidden;
+    p->order = (int32_t *)(p->gate_up + between);
+    p->row = p->order + places;
+    p->begin = p->row + places;
+    p->used = p->begin + experts + 1;
+    p->piece = p->used + experts;
+    return 0;
+}
+
+/* Sorts places by expert, keeping the order of rows; returns how many experts are used, or minus one less
+   the first expert that is not held. */
+static int64_t sort_places(Plan *p, const Matrix *gate_up, int64_t experts, const int64_t *index,
+                           int64_t places, int64_t k) {
+    memset(p->begin, 0, (size_t)(experts + 1) * 4);
+    for (int64_t i = 0; i < places; i++) {
+        if (index[i] == -1) continue;
+        if (index[i] < 0 || index[i] >= experts || !gate_up[index[i]].weight) return -2 - index[i];
+        p->begin[index[i] + 1]++;
+    }
+    int64_t used = 0;
+    p->piece[0] = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        if (p->begin[e + 1]) {
+            p->used[used++] = (int32_t)e;
+            p->piece[used] = p->piece[used - 1] + (p->begin[e + 1] + CHUNK - 1) / CHUNK;
+        }
+        p->begin[e + 1] += p->begin[e];
+    }
+    for (int64_t i = 0; i < places; i++)
+        if (index[i] != -1) p->order[p->begin[index[i]]++] = (int32_t)i;
+    for (int64_t e = experts; e > 0; e--) p->begin[e] = p->begin[e - 1];
+    p->begin[0] = 0;
+    for (int64_t i = 0; i < p->begin[experts]; i++) p->row[i] = (int32_t)(p->order[i] / k);
+    return used;
+}
+
+static void gate_and_up(const Plan *p, const Matrix *matrices, int64_t used, int64_t piece) {
+    const int64_t n = matrices[p->used[0]].n, units = units_of(n), chunk = piece / units, unit = piece % units;
+    int64_t u = 0;
+    while (u + 1 < used && p->piece[u + 1] <= chunk) u++;
+    const int32_t e = p->used[u];
+    int64_t first = p->begin[e] + (chunk - p->piece[u]) * CHUNK, count = smaller(CHUNK, p->begin[e + 1] - first);
+    float part[CHUNK * UNIT];
+    unit_product(matrices + e, p->source, p->row + first, count, unit, part);
+    int64_t channels = smaller(UNIT, n - unit * UNIT);
+    for (int64_t i = 0; i < count; i++)
+        memcpy(p->gate_up + (first + i) * n + unit * UNIT, part + i * UNIT, (size_t)channels * 4);
+}
+
+static void activate(const Plan *p, const Matrix *down, int64_t place) {
+    const int64_t inner = down->k;
+    const float *gate = p->gate_up + place * 2 * inner, *up = gate + inner;
+    float *to = p->hidden.x + place * p->hidden.stride;
+    int64_t i = 0;
+    for (; i + VL <= inner; i += VL) store(to + i, gelu(load(gate + i)) * load(up + i));
+    for (; i < inner; i++) to[i] = (gelu(all(gate[i])) * all(up[i]))[0];
+    memset(to + inner, 0, (size_t)(p->hidden.stride - inner) * 4);
+    prepare_row(down, p->hidden, place);
+}
+
+/* One unit of the output's channels: every expert in ascending order adds to its rows. */
+static void down_and_sum(const Plan *p, const Matrix *matrices, int64_t n, int64_t used, int64_t unit,
+                         int64_t rows, const float *weights, float *total, void *out, int out_bfloat16) {
+    const int64_t channels = smaller(UNIT, n - unit * UNIT);
+    float part[CHUNK * UNIT];
+    memset(total, 0, (size_t)(rows * UNIT) * 4);
+    for (int64_t u = 0; u < used; u++) {
+        const int32_t e = p->used[u];
+        for (int64_t first = p->begin[e]; first < p->begin[e + 1]; first += CHUNK) {
+            int64_t count = smaller(CHUNK, p->begin[e + 1] - first);
+            Rows hidden = p->hidden;
+            hidden.x += first * hidden.stride;
+            hidden.sums += first * hidden.groups;
+            unit_product(matrices + e, hidden, 0, count, unit, part);
+            for (int64_t i = 0; i < count; i++) {
+                float *sum = total + p->row[first + i] * UNIT;
+                vf weight = all(weights[p->order[first + i]]);
+                for (int64_t c = 0; c < UNIT; c += VL)
+                    store(sum + c, load(sum + c) + weight * load(part + i * UNIT + c));
+            }
+        }
+    }
+    for (int64_t r = 0; r < rows; r++)
+        write_row(total + r * UNIT, channels, out, out_bfloat16, r * n + unit * UNIT);
+}
+
+/* out [rows, H] = sum over k of weights[row, k] * expert index[row, k] (x [rows, H]), an index of -1 left out.
+   `gate_up` and `down` are tables of `experts` matrices, [2 I, H] and [H, I], all of one format each; without
+   a weight where the expert is not held. Sums by ascending expert. x and out are float32 or bfloat16.
+   Returns 0, -1 without memory, or minus two less the first expert that is not held. */
+int64_t splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t experts, const void *x,
+                           int x_bfloat16, int64_t rows, const int64_t *index, const float *weights, int64_t k,
+                           void *out, int out_bfloat16, int threads) {
+    const Matrix *first = gate_up;
+    while (!first->weight && first < gate_up + experts - 1) first++;
+    const Matrix *second = down + (first - gate_up);
+    const int64_t places = rows * k, width = first->k;
+    Plan plan;
+    if (make_plan(&plan, first, second, experts, rows, places)) return -1;
+    const int64_t used = sort_places(&plan, gate_up, experts, index, places, k);
+    if (used < 0) {
+        free(plan.memory);
+        return used;
+    }
+    const int64_t held = plan.begin[experts], pieces = plan.piece[used] * units_of(first->n);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (held * width * first->n > PARALLEL_FROM)
+    {
+        float *total = aligned_alloc(64, (size_t)(rows * UNIT) * 4);
+        if (!total) failed = 1;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            copy_row(x, x_bfloat16, r * width, width, plan.source.x + r * plan.source.stride, plan.source.stride);
+            prepare_row(first, plan.source, r);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t piece = 0; piece < pieces; piece++) gate_and_up(&plan, gate_up, used, piece);
+#pragma omp for schedule(static)
+        for (int64_t place = 0; place < held; place++) activate(&plan, second, place);
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < units_of(second->n); unit++)
+            if (total)
+                down_and_sum(&plan, down, second->n, used, unit, rows, weights, total, out, out_bfloat16);
+        free(total);
+    }
+    free(plan.memory);
+    return failed ? -1 : 0;
+}

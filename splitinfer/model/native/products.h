@@ -1,0 +1,60 @@
+/* A weight matrix in one of the stored formats, and its product with prepared rows. */
+#ifndef SPLITINFER_PRODUCTS_H
+#define SPLITINFER_PRODUCTS_H
+
+#include "vectors.h"
+
+enum { FLOAT32, BFLOAT16, INT8, INT4 };
+
+/* [n, k]. FLOAT32, BFLOAT16 and INT8 are row-major. INT8 has float16 scales [n, k / group].
+   INT4 is [ceil(n / 16), kp / 8, 16] words, kp = k padded to 32: a word holds 8 columns of one channel,
+   the first in its low bits. Its float16 scales are [ceil(n / 16), kp / 32, 2, 16]: factor and offset of
+   16 channels, weight = factor * nibble + offset. */
+typedef struct {
+    int32_t format, group;
+    int64_t n, k;
+    const void *weight;
+    const uint16_t *scales;
+} Matrix;
+
+/* Rows as the product wants them: float32, padded with zeros to `stride`. For INT4 they are scaled as
+   `prepare_row` says, and `sums` holds the sum of every 32 columns before that. */
+typedef struct {
+    float *x, *sums;
+    int64_t stride, groups;
+} Rows;
+
+#define PARALLEL_FROM 65536 /* multiplications: below, waking a thread costs more than it saves */
+
+enum { UNIT = 64, CHUNK = 48 }; /* channels of one piece of work; rows that share a pass over its weights */
+
+INLINE int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }
+INLINE int64_t units_of(int64_t n) { return (n + UNIT - 1) / UNIT; }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE void copy_row(const void *x, int bfloat16, int64_t from, int64_t k, float *to, int64_t stride) {
+    if (bfloat16)
+        for (int64_t i = 0; i < k; i++) to[i] = one_bfloat16(((const uint16_t *)x)[from + i]);
+    else
+        memcpy(to, (const float *)x + from, (size_t)k * 4);
+    memset(to + k, 0, (size_t)(stride - k) * 4);
+}
+INLINE void write_row(const float *from, int64_t n, void *out, int bfloat16, int64_t to) {
+    if (bfloat16)
+        for (int64_t i = 0; i < n; i++) ((uint16_t *)out)[to + i] = to_bfloat16(from[i]);
+    else
+        memcpy((float *)out + to, from, (size_t)n * 4);
+}
+
+/* Floats that `Rows` of this matrix need: x, then sums. */
+int64_t rows_floats(const Matrix *m, int64_t rows);
+Rows rows_at(const Matrix *m, int64_t rows, float *memory);
+
+/* Turns row `row` of `rows`, already copied as float32 [k] and padded, into the matrix's own form. */
+void prepare_row(const Matrix *m, Rows rows, int64_t row);
+
+/* Channels of one unit for `count` <= CHUNK rows, chosen by `which` (NULL: 0, 1, ...), into
+   out [count, UNIT]. Channels beyond n hold nothing of meaning. */
+void unit_product(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out);
+
+#endif

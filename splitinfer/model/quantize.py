@@ -1,0 +1,175 @@
+"""Weight formats: how a matrix [out, in] is stored, and how it is made from floating-point weights.
+
+| format   | bytes a weight | stored                                                                       |
+|----------|----------------|------------------------------------------------------------------------------|
+| float32  | 4              | row-major                                                                    |
+| bfloat16 | 2              | row-major                                                                    |
+| int8     | 1              | row-major, float16 scales per output channel (GGUF's Q8_0: per 32 columns)   |
+| int4     | 0.625          | nibbles with a float16 factor and offset per 32 columns, weight = f * n + o  |
+
+int4 is laid out as the kernel reads it: channels in blocks of 16, columns in words of 8 nibbles, the first
+column in a word's low bits: weight int32 [blocks, columns / 8, 16] and scales float16 [blocks, groups, 2, 16]
+(factors, then offsets). Channels are padded to 16 and columns to 32, with zeros; every shape is allowed.
+Both fill memory exactly as they lie in a shard's file, so a file can be mapped and multiplied as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitinfer.errors import CheckpointError, UsageError
+
+__all__ = [
+    "BLOCK",
+    "FORMATS",
+    "GROUP",
+    "Packed",
+    "pack_int4",
+    "pack_int8",
+    "packed_nbytes",
+    "packed_shapes",
+    "quantize",
+]
+
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GROUP = 32  # columns that share a scale
+BLOCK = 16  # channels that lie side by side in int4
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix [out_features, in_features] in one format. `group`: columns per scale, 0 without scales."""
+
+    format: str
+    out_features: int
+    in_features: int
+    group: int
+    weight: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def widen(self, rows: Tensor | None = None) -> Tensor:
+        """The weights as float32 [out, in], or those of the channels `rows` [n] int64 only."""
+        if self.format == "int4":
+            return self._widen_int4(rows)
+        weight = self.weight if rows is None else self.weight[rows]
+        wide = weight.float()
+        if self.scales is None:
+            return wide
+        scales = self.scales if rows is None else self.scales[rows]
+        return (wide.view(len(wide), -1, self.group) * scales.float().unsqueeze(-1)).view(wide.shape)
+
+    def _widen_int4(self, rows: Tensor | None) -> Tensor:
+        assert self.scales is not None
+        if rows is None:
+            words = self.weight.transpose(1, 2).flatten(0, 1)  # [channels, words]
+            scales = self.scales.permute(0, 3, 1, 2).flatten(0, 1).float()  # [channels, groups, 2]
+        else:
+            words = self.weight[rows // BLOCK, :, rows % BLOCK]
+            scales = self.scales[rows // BLOCK, :, :, rows % BLOCK].float()
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+        nibbles = words.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(15)
+        groups = nibbles.reshape(len(words), -1, GROUP).float()
+        wide = groups.mul_(scales[..., :1]).add_(scales[..., 1:]).flatten(1)
+        return wide[: self.out_features if rows is None else None, : self.in_features]
+
+
+def packed_shapes(
+    format: str, out_features: int, in_features: int, group: int = 0
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of "weight" (and "scales") of such a matrix. `group` as in Packed, for int8."""
+    if format == "int4":
+        blocks, groups = -(-out_features // BLOCK), -(-in_features // GROUP)
+        return {
+            "weight": (torch.int32, (blocks, groups * 4, BLOCK)),
+            "scales": (torch.float16, (blocks, groups, 2, BLOCK)),
+        }
+    if format == "int8":
+        return {
+            "weight": (torch.int8, (out_features, in_features)),
+            "scales": (torch.float16, (out_features, in_features // (group or in_features))),
+        }
+    return {"weight": (FLOATS[_known(format)], (out_features, in_features))}
+
+
+def packed_nbytes(format: str, out_features: int, in_features: int, group: int = 0) -> int:
+    """Bytes of such a matrix, scales and padding included."""
+    shapes = packed_shapes(format, out_features, in_features, group).values()
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in shapes)
+
+
+def quantize(weight: Tensor, format: str) -> Packed:
+    """The matrix `weight` [out, in] in that format, to the nearest step of scales rounded beforehand.
+
+    Floating-point formats share the tensor's memory where nothing has to change. Raises CheckpointError for
+    weights that are infinite, NaN or beyond float16's scales, UsageError for an unknown format.
+    """
+    if _known(format) in FLOATS:
+        out_features, in_features = weight.shape
+        return Packed(format, out_features, in_features, 0, weight.to(FLOATS[format]).contiguous())
+    if format == "int8":
+        wide = weight.float()
+        scales = _scale(wide.abs().amax(dim=1, keepdim=True) / 127)
+        return pack_int8(_steps(wide, scales.float()).clamp_(-127, 127), scales)
+    wide = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % GROUP))
+    groups = wide.view(len(wide), -1, GROUP)
+    low, high = groups.aminmax(dim=-1)
+    factors, offsets = _scale((high - low) / 15), _scale(low)
+    nibbles = _steps(groups - offsets.float().unsqueeze(-1), factors.float().unsqueeze(-1)).clamp_(0, 15)
+    return pack_int4(nibbles.flatten(1), factors, offsets, weight.shape[1])
+
+
+def pack_int8(values: Tensor, scales: Tensor) -> Packed:
+    """values [out, in] of whole numbers in -128..127, scales [out, in / group]."""
+    out_features, in_features = values.shape
+    return Packed(
+        "int8",
+        out_features,
+        in_features,
+        in_features // scales.shape[1],
+        values.to(torch.int8).contiguous(),
+        scales.to(torch.float16).contiguous(),
+    )
+
+
+def pack_int4(nibbles: Tensor, factors: Tensor, offsets: Tensor, in_features: int) -> Packed:
+    """nibbles [out, columns] of whole numbers in 0..15, factors and offsets [out, columns / 32]."""
+    out_features = len(nibbles)
+    short = -out_features % BLOCK
+    pad = torch.nn.functional.pad
+    halves = pad(nibbles.to(torch.uint8), (0, 0, 0, short)).view(out_features + short, -1, 2)
+    words = (halves[..., 0] | halves[..., 1] << 4).view(torch.int32)
+    scales = pad(torch.stack((factors, offsets), -1).to(torch.float16), (0, 0, 0, 0, 0, short))
+    return Packed(
+        "int4",
+        out_features,
+        in_features,
+        GROUP,
+        words.view(-1, BLOCK, words.shape[1]).transpose(1, 2).contiguous(),
+        scales.view(-1, BLOCK, scales.shape[1], 2).permute(0, 2, 3, 1).contiguous(),
+    )
+
+
+def _known(format: str) -> str:
+    if format not in FORMATS:
+        raise UsageError(f"unknown weight format {format!r}", remedy=f"Use one of {', '.join(FORMATS)}.")
+    return format
+
+
+def _scale(exact: Tensor) -> Tensor:
+    rounded = exact.to(torch.float16)
+    if not rounded.isfinite().all():
+        raise CheckpointError("weights that are infinite, NaN or too large cannot be quantised")
+    return rounded
+
+
+def _steps(distance: Tensor, scale: Tensor) -> Tensor:
+    """distance / scale, rounded to whole numbers; 0 where the scale is 0."""
+    return (distance / torch.where(scale == 0, 1.0, scale)).round_()
