@@ -99,7 +99,8 @@ class Outbox:
             pieces.clear()
             return
         whole = 0
-        while nbytes and nbytes >= len(pieces[whole]):
+        # Empty pieces go with what is before them: one left alone would never count as sent.
+        while whole < len(pieces) and nbytes >= len(pieces[whole]):
             nbytes -= len(pieces[whole])
             whole += 1
         del pieces[:whole]
