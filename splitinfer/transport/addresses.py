@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from splitinfer.errors import UsageError
+from splitinfer.transport.security import is_loopback
 
 __all__ = ["Address"]
 
@@ -44,4 +45,4 @@ class Address(NamedTuple):
     @property
     def is_local(self) -> bool:
         """True where the bytes do not leave this machine, as far as the address itself tells."""
-        return self.scheme != "tcp" or self.name in ("localhost", "::1") or self.name.startswith("127.")
+        return self.scheme != "tcp" or is_loopback(self.name)

@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 from splitinfer.errors import ConnectError, ConnectionLost, DeadlineExceeded, LinkError
 from splitinfer.transport.addresses import Address
 from splitinfer.transport.config import ClientConfig
+from splitinfer.transport.link import EmulatedLink
 from splitinfer.transport.session import Reply, Session, SingleCall, Stats, StreamCall
 from splitinfer.transport.tensors import Array
 
@@ -49,6 +50,7 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._session: Session | None = None
         self._closed = False
+        self._emulated: EmulatedLink | None = None
         self._past = Stats()
         self._reconnecting: asyncio.Task[Session] | None = None
         self._waiting: set[asyncio.Task[None]] = set()
@@ -163,7 +165,8 @@ class Channel:
                 raise ConnectError(str(self._failure), peer=self.address, remedy=self._failure.remedy)
             await asyncio.sleep(max(0.0, self._retry_at - monotonic()))
             try:
-                session = await Session.open(self.address, self.config, self._loop)
+                via = await self._via()
+                session = await Session.open(self.address, self.config, self._loop, via=via)
             except LinkError as error:
                 least, most = _BACKOFF_SECONDS
                 pause = min(most, least * 2**self._failures)
@@ -174,6 +177,16 @@ class Channel:
                     raise
             else:
                 return self._adopt(session)
+
+    async def _via(self) -> str:
+        """What to dial: the emulated link's own address where there is one."""
+        if self.config.link is None:
+            return self.address
+        if self._emulated is None:
+            emulated = EmulatedLink(self.config.link, self.address)
+            await asyncio.to_thread(emulated.start)
+            self._emulated = emulated
+        return self._emulated.address
 
     def _adopt(self, session: Session) -> Session:
         if self._session is not None:
@@ -208,6 +221,9 @@ class Channel:
             self._session.close("the channel was closed")
         if self._waiting:
             await asyncio.wait(self._waiting)
+        if self._emulated is not None:
+            await asyncio.to_thread(self._emulated.close)
+            self._emulated = None
 
     async def __aenter__(self) -> Self:
         return self

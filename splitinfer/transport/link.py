@@ -23,6 +23,7 @@ from typing import Final
 
 from splitinfer.errors import CapacityError, UsageError
 from splitinfer.transport import link_proxy
+from splitinfer.transport.addresses import Address
 
 __all__ = ["EmulatedLink", "LinkSpec", "parse_bandwidth", "parse_duration"]
 
@@ -109,18 +110,24 @@ class LinkSpec:
 
 
 class EmulatedLink:
-    """A proxy to `host:port` with the manners of `spec`, as a context manager. Dial `address` instead.
+    """A proxy to an address (`host:port` or `unix:/path`) with the manners of `spec`, as a context manager.
+
+    Dial its own `address` instead; it is always TCP, on loopback.
 
     `start` and `close` block for some 50 ms; on an event loop call them through `asyncio.to_thread`. Every
     connection is shaped for itself; `close` resets those that are open. Any user of this machine can reach
     the proxy's port on loopback: what the target demands (token, TLS) it demands through it too.
     """
 
-    def __init__(self, spec: LinkSpec, host: str, port: int) -> None:
+    def __init__(self, spec: LinkSpec, address: str) -> None:
+        target = Address.parse(address)
+        if target.scheme == "memory":
+            raise UsageError(f"{address} has no link to emulate", remedy="listen on host:port or unix:/path")
         self.spec = spec
         self._plan = link_proxy.Plan(
-            host=host,
-            port=port,
+            host=target.name,
+            port=target.port,
+            unix=target.scheme == "unix",
             delay=spec.rtt / 2,
             jitter=spec.jitter / 2,
             bandwidth=spec.bandwidth / 8,

@@ -24,7 +24,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter, time
-from typing import Final
+from typing import Any, Final
 
 __all__ = ["Plan", "Proxy", "main"]
 
@@ -57,6 +57,7 @@ class Plan:
 
     host: str
     port: int
+    unix: bool = False  # `host` is the path of a Unix socket
     delay: float = 0.0
     jitter: float = 0.0
     bandwidth: float = 0.0
@@ -114,8 +115,11 @@ class Proxy:
         self._listener = listener
         self._connections: list[Connection] = []
         self._random = random.Random()
-        found = socket.getaddrinfo(plan.host, plan.port, type=socket.SOCK_STREAM)[0]
-        self._family, self._target = found[0], found[4]
+        self._family: int = socket.AF_UNIX
+        self._target: Any = plan.host
+        if not plan.unix:
+            found = socket.getaddrinfo(plan.host, plan.port, type=socket.SOCK_STREAM)[0]
+            self._family, self._target = found[0], found[4]
         piece = plan.bandwidth * _PIECE_SECONDS or _MAX_PIECE_NBYTES
         self._piece = int(min(max(piece, _MIN_PIECE_NBYTES), _MAX_PIECE_NBYTES))
         self._room = _QUEUE_NBYTES + int(2 * plan.bandwidth * (plan.delay + plan.jitter))
@@ -169,7 +173,8 @@ class Proxy:
             end.setblocking(False)
             if _STAMP:
                 end.setsockopt(socket.SOL_SOCKET, _STAMP, 1)
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if end.family != socket.AF_UNIX:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.plan.bandwidth:
                 # Large buffers here would swallow what the link is meant to hold up.
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_NBYTES // 4)

@@ -53,7 +53,7 @@ from splitinfer.transport.handshake import (
     error_from,
     error_map,
 )
-from splitinfer.transport.inbox import Decoder, Inbox, Message
+from splitinfer.transport.inbox import Inbox, Message
 from splitinfer.transport.outbox import Outbox, Piece
 from splitinfer.transport.tensors import Array, TensorSpec, data_of, spec_of
 
@@ -71,10 +71,18 @@ _HIGH_WATER: Final = 8 << 20  # above it nothing more is taken on: no PONG, and 
 
 
 class Codec(Protocol):
-    """Other forms in which a tensor may travel. `encodings` are those that this side can decode."""
+    """Other forms in which a tensor may travel. `encodings` are those that this side can decode.
+
+    It is not asked for messages whose tensors have less than `min_nbytes` bytes together. `link_rate` is the
+    link's throughput in bytes/s, set by whoever measures it; None where nobody knows.
+    """
 
     encodings: frozenset[int]
-    decode: Decoder
+    min_nbytes: int
+    link_rate: float | None
+
+    def decode(self, encoding: int, spec: TensorSpec, wire: memoryview, out: memoryview, /) -> None:
+        """As `inbox.Decoder`."""
 
     def encode(
         self, spec: TensorSpec, data: memoryview, accepted: frozenset[int]
@@ -130,6 +138,7 @@ class Connection:
         self._authenticator = authenticator
         self._transcript = binding
         self._codec = codec
+        self._encoding: Codec | None = None  # the codec, once the peer has listed a form of it
         self._accepted: frozenset[int] = frozenset()
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._last_id = 0
@@ -298,6 +307,8 @@ class Connection:
         theirs = message.packed_meta
         self.peer_limits = hello.limits
         self._accepted = hello.encodings
+        if self._codec is not None and hello.encodings & self._codec.encodings:
+            self._encoding = self._codec
         if self.role == "server":
             self._send_hello()
             self._transcript = theirs + self._own_meta + self._transcript
@@ -388,6 +399,16 @@ class Connection:
 
     # ---- both ways
 
+    @property
+    def compresses(self) -> bool:
+        """True where what is sent depends on the link's throughput."""
+        return self._encoding is not None
+
+    def set_link_rate(self, rate: float | None) -> None:
+        """The link's throughput in bytes/s was measured."""
+        if self._encoding is not None:
+            self._encoding.link_rate = rate
+
     def ping(self, id: int = 0) -> None:
         """The peer answers with a PONG of the same id."""
         self.outbox.add(0, pack_frame(PING, id))
@@ -430,10 +451,10 @@ class Connection:
     ) -> None:
         limits = self.peer_limits
         packed = pack_map(meta, limits.max_meta) if meta else b""
-        if self._codec is not None and self._accepted and tensors:
-            table, body, nbytes = self._encoded(method, tensors)
+        table, padding, nbytes = layout_of(method, tensors, limits, self._layouts)
+        if self._encoding and nbytes >= self._encoding.min_nbytes:
+            table, body, nbytes = self._encoded(self._encoding, method, tensors)
         else:
-            table, padding, nbytes = layout_of(method, tensors, limits, self._layouts)
             body = []
             for tensor, zeros in zip(tensors, padding, strict=True):
                 body.append(data_of(tensor))
@@ -451,13 +472,12 @@ class Connection:
         first = min(nbytes, CHUNK_NBYTES)
         self.outbox.add(id, pack_frame(kind, id, table, packed, first, value), body, nbytes)
 
-    def _encoded(self, method: str, tensors: Sequence[Array]) -> tuple[bytes, list[Piece], int]:
+    def _encoded(self, codec: Codec, method: str, tensors: Sequence[Array]) -> tuple[bytes, list[Piece], int]:
         """Table, body and its nbytes with each tensor in the form that the codec chose."""
-        assert self._codec is not None
         rows, body, total = [], list[Piece](), 0
         for tensor in tensors:
             spec, data = spec_of(tensor), data_of(tensor)
-            encoded = self._codec.encode(spec, data, self._accepted)
+            encoded = codec.encode(spec, data, self._accepted)
             encoding, pieces, nbytes = encoded or (0, (data,), data.nbytes)
             rows.append((spec, encoding, nbytes))
             body += pieces

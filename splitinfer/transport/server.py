@@ -23,10 +23,11 @@ from splitinfer.errors import (
     RemoteError,
     SplitinferError,
     TransportError,
-    UsageError,
 )
 from splitinfer.transport import eager, memory
 from splitinfer.transport.addresses import Address
+from splitinfer.transport.certificates import server_binding, server_context
+from splitinfer.transport.codec import TensorCodec
 from splitinfer.transport.config import ServerConfig
 from splitinfer.transport.deadlines import Deadlines
 from splitinfer.transport.endpoints import listen, tune
@@ -34,6 +35,7 @@ from splitinfer.transport.frames import CANCEL, CREDIT, ERROR, REQUEST, pack_fra
 from splitinfer.transport.handshake import error_map
 from splitinfer.transport.inbox import Message
 from splitinfer.transport.protocol import STREAM_WINDOW, Connection
+from splitinfer.transport.security import TokenAuthenticator, check_exposure
 from splitinfer.transport.session import Reply
 from splitinfer.transport.sockets import Link
 from splitinfer.transport.tensors import Array, Tensor
@@ -100,6 +102,8 @@ class Server:
         self.address = ""
         self.handler = handler.get if isinstance(handler, Mapping) else lambda method: handler
         self.peers: set[_Peer] = set()
+        self.tls_binding = b""
+        self._tls: ssl.SSLContext | None = None
         self._info = info
         self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
@@ -109,15 +113,10 @@ class Server:
 
     def _listen(self, address: Address) -> None:
         config = self.config
-        if (
-            not address.is_local
-            and not config.insecure
-            and (config.tls is None or config.authenticator is None)
-        ):
-            raise UsageError(
-                f"{address} can be reached from other machines, and there is no token and TLS",
-                remedy="Give a token and a certificate, or listen on 127.0.0.1.",
-            )
+        check_exposure(str(address), token=config.token, tls=config.tls, insecure=config.insecure)
+        if config.tls is not None:
+            self._tls = server_context(config.tls)
+            self.tls_binding = server_binding(config.tls)
         if address.scheme == "memory":
             memory.listen(address.name, self._welcome)
         else:
@@ -158,8 +157,8 @@ class Server:
             with suppress(OSError):
                 sock.send(pack_frame(ERROR, meta=pack_map(error_map(why), 1 << 16)))
             sock.close()
-        elif self.config.tls is not None:
-            task = self._loop.create_task(self._welcome_tls(sock, self.config.tls))
+        elif self._tls is not None:
+            task = self._loop.create_task(self._welcome_tls(sock, self._tls))
             self._arriving.add(task)
             task.add_done_callback(self._arriving.discard)
         else:
@@ -172,6 +171,7 @@ class Server:
                 await stream.handshake(self._loop)
         except (OSError, TimeoutError) as error:
             log.info("no TLS connection with %s: %s", _name_of(sock, self.address), error)
+            await stream.leave(self._loop)
             sock.close()
         except BaseException:
             sock.close()
@@ -257,9 +257,9 @@ class _Peer:
             "server",
             limits=config.limits,
             info=server.info,
-            authenticator=config.authenticator,
-            binding=tls.binding if tls else b"",
-            codec=config.codec() if config.codec else None,
+            authenticator=TokenAuthenticator(config.token) if config.token else None,
+            binding=server.tls_binding,
+            codec=TensorCodec("server", config.compression),
             peer=_name_of(sock, server.address),
         )
         self.link = Link(loop, sock, self.connection, self, tls)

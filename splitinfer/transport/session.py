@@ -12,7 +12,6 @@ from time import monotonic
 from typing import Any, Final, Self
 
 from splitinfer.errors import (
-    AuthenticationError,
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
@@ -21,6 +20,14 @@ from splitinfer.errors import (
     TransportError,
 )
 from splitinfer.transport.addresses import Address
+from splitinfer.transport.certificates import (
+    TLSConfig,
+    channel_binding,
+    check_peer,
+    client_context,
+    map_tls_error,
+)
+from splitinfer.transport.codec import TensorCodec
 from splitinfer.transport.config import ClientConfig
 from splitinfer.transport.deadlines import Deadlines
 from splitinfer.transport.endpoints import dial
@@ -28,6 +35,7 @@ from splitinfer.transport.frames import ERROR, ITEM, PONG, REPLY, WELCOME
 from splitinfer.transport.handshake import error_from
 from splitinfer.transport.inbox import Message
 from splitinfer.transport.protocol import Connection
+from splitinfer.transport.security import TokenAuthenticator
 from splitinfer.transport.sockets import Link
 from splitinfer.transport.tensors import Array
 from splitinfer.transport.tls import TlsStream
@@ -179,11 +187,16 @@ class Session:
         self._last_ping = 0
 
     @classmethod
-    async def open(cls, address: str, config: ClientConfig, loop: asyncio.AbstractEventLoop) -> Self:
-        """Connect and shake hands. Raises ConnectError, AuthenticationError, VersionMismatch, and so on."""
+    async def open(
+        cls, address: str, config: ClientConfig, loop: asyncio.AbstractEventLoop, *, via: str = ""
+    ) -> Self:
+        """Connect and shake hands; `via` is what to dial in place of `address`.
+
+        Raises ConnectError, AuthenticationError, VersionMismatch, and so on.
+        """
         try:
             async with asyncio.timeout(config.connect_timeout):
-                return await cls._open(address, config, loop)
+                return await cls._open(address, config, loop, via or address)
         except TimeoutError as error:
             if isinstance(error, TransportError):
                 raise
@@ -194,26 +207,27 @@ class Session:
             ) from None
 
     @classmethod
-    async def _open(cls, address: str, config: ClientConfig, loop: asyncio.AbstractEventLoop) -> Self:
+    async def _open(
+        cls, address: str, config: ClientConfig, loop: asyncio.AbstractEventLoop, via: str
+    ) -> Self:
         target = Address.parse(address)
-        sock = await dial(target)
+        sock = await dial(Address.parse(via))
+        tls = None
         try:
-            if config.shape is not None:
-                sock = await config.shape(sock)
-            tls = None
             if config.tls is not None:
-                name = config.server_name or target.name
-                tls = TlsStream(sock, config.tls, server_side=False, server_name=name)
-                await _handshake(tls, address, loop)
+                context = client_context(config.tls)
+                name = config.tls.server_name or target.name
+                tls = TlsStream(sock, context, server_side=False, server_name=name)
+                await _handshake(tls, config.tls, address, loop)
         except BaseException:
             sock.close()
             raise
         connection = Connection(
             "client",
             limits=config.limits,
-            authenticator=config.authenticator,
-            binding=tls.binding if tls else b"",
-            codec=config.codec() if config.codec else None,
+            authenticator=TokenAuthenticator(config.token) if config.token else None,
+            binding=channel_binding(tls.peer_certificate) if tls else b"",
+            codec=_codec_of(config, target),
             peer=address,
         )
         session = cls(connection, loop)
@@ -325,18 +339,28 @@ class Session:
         return earliest
 
 
-async def _handshake(tls: TlsStream, address: str, loop: asyncio.AbstractEventLoop) -> None:
+async def _handshake(
+    stream: TlsStream, tls: TLSConfig, address: str, loop: asyncio.AbstractEventLoop
+) -> None:
     try:
-        await tls.handshake(loop)
-    except ssl.SSLCertVerificationError as error:
-        raise AuthenticationError(
-            f"{address}: its certificate is not trusted ({error.verify_message})",
-            peer=address,
-            remedy="Check the fingerprint or the authority that you trust.",
-        ) from None
+        await stream.handshake(loop)
+    except ssl.SSLError as error:
+        raise map_tls_error(error, address) from None
     except OSError as error:
         raise ConnectError(
-            f"{address}: no TLS connection ({getattr(error, 'reason', None) or error})",
-            peer=address,
-            remedy="Check that both sides use TLS.",
+            f"{address}: no TLS connection ({error})", peer=address, remedy="Check that both sides use TLS."
         ) from None
+    check_peer(stream.peer_certificate, tls, address)
+
+
+def _codec_of(config: ClientConfig, target: Address) -> TensorCodec | None:
+    """None where every tensor travels as it is."""
+    link = config.link
+    codec = TensorCodec(
+        "client",
+        config.compression,
+        loopback=target.is_local and link is None,
+        link_rate=link.bandwidth / 8 if link and link.bandwidth else None,
+        wire_dtype=config.wire_dtype,
+    )
+    return codec if codec.encodings else None

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, Protocol
 
 from splitinfer.errors import (
+    AuthenticationError,
     ConnectionLost,
     PeerError,
     TransportError,
 )
+from splitinfer.transport.certificates import map_tls_error
+from splitinfer.transport.endpoints import delivery_rate
 from splitinfer.transport.inbox import Message
 from splitinfer.transport.outbox import Piece
 from splitinfer.transport.protocol import TICK_SECONDS, Connection
@@ -141,6 +145,8 @@ class Link:
         # Counting ticks, not seconds: one that comes late says that this loop was busy, not that the peer was
         # silent, and what the peer sent meanwhile is read before the next one.
         self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
+        if self.connection.compresses and (rate := delivery_rate(self._sock)) is not None:
+            self.connection.set_link_rate(rate)
         try:
             self.connection.tick()
         except TransportError as error:
@@ -178,5 +184,10 @@ class Link:
         self._owner.on_lost(error)
 
 
-def _lost(error: OSError, peer: str) -> ConnectionLost:
+def _lost(error: OSError, peer: str) -> TransportError:
+    if isinstance(error, ssl.SSLError) and isinstance(
+        refused := map_tls_error(error, peer), AuthenticationError
+    ):
+        # A server that asks for a certificate says so only after the client's part of the handshake is done.
+        return refused
     return ConnectionLost(f"the connection to {peer} broke: {error.strerror or error}", peer=peer)

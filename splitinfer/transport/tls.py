@@ -17,6 +17,7 @@ from splitinfer.transport.outbox import Piece
 __all__ = ["TlsStream"]
 
 _READ_NBYTES: Final = 256 * 1024
+_LEAVE_SECONDS: Final = 1.0
 _WRITE_NBYTES: Final = 64 * 1024  # encrypted before the socket is asked again
 
 
@@ -56,9 +57,9 @@ class TlsStream:
                 return
 
     @property
-    def binding(self) -> bytes:
-        """Bytes that both ends of this TLS session know and no other session has."""
-        return self._object.get_channel_binding("tls-unique") or b""
+    def peer_certificate(self) -> bytes | None:
+        """The peer's certificate in DER, None where it showed none."""
+        return self._object.getpeercert(True)
 
     @property
     def more(self) -> bool:
@@ -69,6 +70,17 @@ class TlsStream:
     def unsent(self) -> bool:
         """True where encrypted bytes wait for the socket."""
         return len(self._encrypted) > 0 or self._outgoing.pending > 0
+
+    async def leave(self, loop: asyncio.AbstractEventLoop) -> None:
+        """After a handshake that failed: wait a moment for the peer to go, so that it reads the alert.
+
+        Closing with bytes unread would reset the connection, and the alert with it.
+        """
+        with suppress(OSError, TimeoutError):
+            self._sock.shutdown(socket.SHUT_WR)
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                while await loop.sock_recv(self._sock, _READ_NBYTES):
+                    pass
 
     def recv_into(self, buffer: memoryview) -> int:
         while True:

@@ -20,6 +20,7 @@ class EchoServer:
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
         self.endings: list[str] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -99,7 +100,7 @@ def best_of_three(measure: Callable[[], float]) -> float:
 @pytest.mark.parametrize("rtt", [0.0, 0.0002, 0.002, 0.02])
 def test_the_median_delay_is_right_within_a_fifth_of_a_millisecond(echo: EchoServer, rtt: float) -> None:
     count = 30 if rtt >= 0.02 else 100
-    with EmulatedLink(LinkSpec(rtt=rtt), "127.0.0.1", echo.port) as link:
+    with EmulatedLink(LinkSpec(rtt=rtt), echo.address) as link:
         # The ends themselves take longer to wake after a rest: what a round trip costs without the link, so
         # paced.
         own = best_of_three(lambda: median_round_trip(echo.port, 20, pause=rtt))
@@ -109,7 +110,7 @@ def test_the_median_delay_is_right_within_a_fifth_of_a_millisecond(echo: EchoSer
 
 def test_jitter_spreads_around_the_delay(echo: EchoServer) -> None:
     spec = LinkSpec(rtt=0.004, jitter=0.002)
-    with EmulatedLink(spec, "127.0.0.1", echo.port) as link, dial(link.port) as connection:
+    with EmulatedLink(spec, echo.address) as link, dial(link.port) as connection:
         round_trip(connection)
         times = sorted(round_trip(connection) for _ in range(100))
     # Each way draws within ±1 ms: of 100 round trips the fifth fastest takes about 2.6 ms.
@@ -129,7 +130,7 @@ def test_bandwidth_holds_each_way(echo: EchoServer) -> None:
         sender.join()
         return time.perf_counter() - start
 
-    link = EmulatedLink(LinkSpec(bandwidth=100e6), "127.0.0.1", echo.port)
+    link = EmulatedLink(LinkSpec(bandwidth=100e6), echo.address)
     with link, dial(link.port) as connection:
         # The ways overlap: the echo follows piece by piece.
         assert 0.08 < best_of_three(transfer) < 0.11
@@ -144,13 +145,13 @@ def test_connecting_costs_a_round_trip_as_well(echo: EchoServer) -> None:
             round_trip(connection)
         return time.perf_counter() - start
 
-    with EmulatedLink(LinkSpec(rtt=0.03), "127.0.0.1", echo.port) as link:
+    with EmulatedLink(LinkSpec(rtt=0.03), echo.address) as link:
         assert 0.0595 < best_of_three(connect_and_call) < 0.065
 
 
 def test_much_data_passes_whole_and_fast(echo: EchoServer) -> None:
     data = bytes(range(256)) * (1 << 16)
-    with EmulatedLink(LinkSpec(rtt=0.001), "127.0.0.1", echo.port) as link, dial(link.port) as connection:
+    with EmulatedLink(LinkSpec(rtt=0.001), echo.address) as link, dial(link.port) as connection:
         sender = threading.Thread(target=connection.sendall, args=(data,))
         sender.start()
         assert read_exactly(connection, len(data)) == data
@@ -160,7 +161,7 @@ def test_much_data_passes_whole_and_fast(echo: EchoServer) -> None:
 def test_slices_arrive_one_by_one() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
-        EmulatedLink(LinkSpec(slice_nbytes=1), "127.0.0.1", listener.getsockname()[1]) as link,
+        EmulatedLink(LinkSpec(slice_nbytes=1), f"127.0.0.1:{listener.getsockname()[1]}") as link,
         dial(link.port) as connection,
     ):
         accepted, _ = listener.accept()
@@ -176,7 +177,7 @@ def test_slices_arrive_one_by_one() -> None:
 
 def test_a_reset_comes_after_exactly_that_many_bytes(echo: EchoServer) -> None:
     with (
-        EmulatedLink(LinkSpec(reset_after=1000), "127.0.0.1", echo.port) as link,
+        EmulatedLink(LinkSpec(reset_after=1000), echo.address) as link,
         dial(link.port) as connection,
     ):
         connection.sendall(b"x" * 600)
@@ -189,7 +190,7 @@ def test_a_reset_comes_after_exactly_that_many_bytes(echo: EchoServer) -> None:
 
 def test_a_stall_holds_everything_once(echo: EchoServer) -> None:
     with (
-        EmulatedLink(LinkSpec(stall_after=1000, stall_for=0.2), "127.0.0.1", echo.port) as link,
+        EmulatedLink(LinkSpec(stall_after=1000, stall_for=0.2), echo.address) as link,
         dial(link.port) as connection,
     ):
         assert round_trip(connection, 900) < 0.1
@@ -198,7 +199,7 @@ def test_a_stall_holds_everything_once(echo: EchoServer) -> None:
 
 
 def test_the_end_of_a_stream_passes_after_the_data(echo: EchoServer) -> None:
-    with EmulatedLink(LinkSpec(rtt=0.01), "127.0.0.1", echo.port) as link, dial(link.port) as connection:
+    with EmulatedLink(LinkSpec(rtt=0.01), echo.address) as link, dial(link.port) as connection:
         connection.sendall(b"last words")
         connection.shutdown(socket.SHUT_WR)
         assert read_exactly(connection, 10) == b"last words"
@@ -211,7 +212,7 @@ def test_nobody_behind_the_link_is_a_reset() -> None:
         port = listener.getsockname()[1]
     # The reset may come while `dial` is still at work, or after it.
     with (
-        EmulatedLink(LinkSpec(), "127.0.0.1", port) as link,
+        EmulatedLink(LinkSpec(), f"127.0.0.1:{port}") as link,
         pytest.raises(ConnectionResetError),
         dial(link.port) as connection,
     ):
@@ -219,7 +220,7 @@ def test_nobody_behind_the_link_is_a_reset() -> None:
 
 
 def test_close_resets_what_is_open_and_ends_the_process(echo: EchoServer) -> None:
-    link = EmulatedLink(LinkSpec(), "127.0.0.1", echo.port)
+    link = EmulatedLink(LinkSpec(), echo.address)
     link.start()
     with dial(link.port) as connection:
         round_trip(connection)
@@ -233,7 +234,7 @@ def test_close_resets_what_is_open_and_ends_the_process(echo: EchoServer) -> Non
 
 def test_a_target_that_cannot_be_is_said_at_once() -> None:
     with pytest.raises(CapacityError, match="did not start"):
-        EmulatedLink(LinkSpec(), "no.such.host.invalid", 1).start()
+        EmulatedLink(LinkSpec(), "no.such.host.invalid:1").start()
 
 
 @pytest.mark.parametrize(
