@@ -1,0 +1,194 @@
+"""What a call costs: ours against the bare socket and against the usual ways, in one run with the same
+payloads.
+
+    python bench/transport.py                     everything, about two minutes
+    python bench/transport.py --quick             a fifth of the calls
+    python bench/transport.py --peers raw,tcp     some of them
+
+Three loads: one row of 5,632 bytes there and back, a tensor of 16 MiB there, and 64 rows in flight. Client
+and server are two processes. The peers take turns, round by round, so that what else the machine does falls
+on all of them; the first round only warms up. What a bench on loopback leaves out is the link: see
+`splitinfer bench --rtt`.
+
+Needs the `bench` extra. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.transport_peers import BULK_NBYTES, PEERS, ROW_NBYTES, run_client, run_server
+
+WAIT_SECONDS: Final = 60.0
+# Per round: rows, tensors, rounds of 64 rows.
+LOAD: Final = {"row": 600, "bulk": 12, "flight": 20}
+
+
+@dataclass
+class Runner:
+    """The two processes of one peer, and what was measured so far."""
+
+    name: str
+    server: BaseProcess
+    client: BaseProcess
+    pipe: Connection
+    rows: list[float] = field(default_factory=list)
+    bulks: list[float] = field(default_factory=list)
+    flights: list[float] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, name: str) -> Runner:
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe()
+        server = spawn.Process(target=run_server, args=(name, there), daemon=True)
+        server.start()
+        address = receive(here, name, server)
+        here, there = spawn.Pipe()
+        client = spawn.Process(target=run_client, args=(name, address, there), daemon=True)
+        client.start()
+        return cls(name, server, client, here)
+
+    def measure(self, what: str, count: int) -> Any:
+        self.pipe.send((what, count))
+        return receive(self.pipe, self.name, self.client)
+
+    def stop(self) -> None:
+        self.pipe.send(None)
+        self.client.join(5)
+        for process in (self.client, self.server):
+            process.terminate()
+            process.join(5)
+
+
+def receive(pipe: Connection, name: str, process: BaseProcess) -> Any:
+    """What the process has to say; ends the run where it died or is silent."""
+    try:
+        if pipe.poll(WAIT_SECONDS):
+            return pipe.recv()
+    except EOFError:
+        pass
+    state = "is silent" if process.is_alive() else f"died with {process.exitcode}"
+    raise SystemExit(f"error: {name}: its process {state}")
+
+
+def run(names: Sequence[str], rounds: int, share: float, console: Console) -> list[Runner]:
+    """Measure all peers in turns. The first of `rounds` + 1 rounds is not counted."""
+    runners = [Runner.start(name) for name in names]
+    load = {what: max(int(count * share), 1) for what, count in LOAD.items()}
+    try:
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("measuring", total=(rounds + 1) * len(runners))
+            for turn in range(rounds + 1):
+                for runner in runners:
+                    progress.update(bar, description=PEERS[runner.name].name, advance=1)
+                    taken = {what: runner.measure(what, count) for what, count in load.items()}
+                    if turn:
+                        runner.rows += taken["row"]
+                        runner.bulks += taken["bulk"]
+                        runner.flights.append(taken["flight"])
+    finally:
+        for runner in runners:
+            runner.stop()
+    return runners
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+
+
+def summarise(runners: Sequence[Runner]) -> list[dict[str, Any]]:
+    """One record per peer; ratios are to the raw socket of the same run, above 1 where the peer is faster."""
+    records = [
+        {
+            "peer": runner.name,
+            "row_p50_us": percentile(runner.rows, 0.5) * 1e6,
+            "row_p99_us": percentile(runner.rows, 0.99) * 1e6,
+            "bulk_p50_gb_s": BULK_NBYTES / percentile(runner.bulks, 0.5) / 1e9,
+            "bulk_p99_gb_s": BULK_NBYTES / percentile(runner.bulks, 0.99) / 1e9,
+            "in_flight_calls_s": median(runner.flights),
+        }
+        for runner in runners
+    ]
+    raw = next((record for record in records if record["peer"] == "raw"), None)
+    for record in records if raw else ():
+        record["row_times_raw"] = record["row_p50_us"] / raw["row_p50_us"]
+        record["bulk_share_of_raw"] = record["bulk_p50_gb_s"] / raw["bulk_p50_gb_s"]
+    ours = next((record for record in records if record["peer"] == "tcp"), None)
+    for record in records if ours else ():
+        record["row_times_ours"] = record["row_p50_us"] / ours["row_p50_us"]
+    return records
+
+
+def table_of(records: Sequence[dict[str, Any]], rounds: int) -> Table:
+    table = Table(
+        title=f"one row of {ROW_NBYTES:,} bytes each way; 16 MiB one way; 64 rows in flight; {rounds} rounds"
+    )
+    table.add_column("")
+    for heading in (
+        "row p50 µs",
+        "p99 µs",
+        "× raw",
+        "× ours",
+        "16 MiB GB/s",
+        "p99 slowest",
+        "of raw",
+        "64: calls/s",
+    ):
+        table.add_column(heading, justify="right")
+    for record in records:
+        table.add_row(
+            PEERS[record["peer"]].name,
+            f"{record['row_p50_us']:.1f}",
+            f"{record['row_p99_us']:.1f}",
+            f"{record['row_times_raw']:.2f}" if "row_times_raw" in record else "",
+            f"{record['row_times_ours']:.2f}" if "row_times_ours" in record else "",
+            f"{record['bulk_p50_gb_s']:.2f}",
+            f"{record['bulk_p99_gb_s']:.2f}",
+            f"{record['bulk_share_of_raw']:.2f}" if "bulk_share_of_raw" in record else "",
+            f"{record['in_flight_calls_s']:,.0f}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=8, help="rounds that count (default 8)")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the calls")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}")
+    arguments = parser.parse_args()
+    names = arguments.peers.split(",")
+    if unknown := [name for name in names if name not in PEERS]:
+        parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    console = Console(stderr=True)
+    records = summarise(run(names, arguments.rounds, 0.2 if arguments.quick else 1.0, console))
+    Console(width=None if sys.stdout.isatty() else 132).print(table_of(records, arguments.rounds))
+    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
+    print(
+        json.dumps({"bench": "transport", "machine": machine, "rounds": arguments.rounds, "peers": records})
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,378 @@
+"""The peers of bench/transport.py: for each one a server and a client that move the same payloads.
+
+Every server answers two things: a row comes back as it is, a large tensor is taken in and acknowledged. Every
+client counts in seconds per call. Each runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import uvloop
+
+__all__ = ["BULK_NBYTES", "PEERS", "ROW_NBYTES", "Peer", "run_client", "run_server"]
+
+ROW_NBYTES: Final = 5632
+BULK_NBYTES: Final = 16 << 20
+TIMEOUT: Final = 30.0
+IN_FLIGHT: Final = 64
+ROW: Final = bytes(range(256)) * (ROW_NBYTES // 256)
+
+
+class Peer:
+    """One way to move bytes. `serve` says where it listens by `ready(address)` and runs until it is ended."""
+
+    name: ClassVar[str]
+
+    async def serve(self, ready: Callable[[Any], None]) -> None:
+        raise NotImplementedError
+
+    async def connect(self, address: Any) -> None:
+        raise NotImplementedError
+
+    async def row(self) -> None:
+        """One row there and back."""
+        raise NotImplementedError
+
+    async def bulk(self) -> None:
+        """A large tensor there, an acknowledgement back."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Let go of the connection."""
+
+
+class RawSocket(Peer):
+    """Blocking `sendall` and `recv_into`, without any protocol but a length: what the kernel itself costs."""
+
+    name = "raw blocking socket"
+
+    async def serve(self, ready: Callable[[Any], None]) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        ready(listener.getsockname()[1])
+        connection, _ = listener.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head, body = bytearray(4), memoryview(bytearray(BULK_NBYTES))
+        while receive(connection, memoryview(head)):
+            nbytes = struct.unpack("<I", head)[0]
+            receive(connection, body[:nbytes])
+            connection.sendall(body[:nbytes] if nbytes == ROW_NBYTES else b"!")
+
+    async def connect(self, address: Any) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", address))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.message = memoryview(struct.pack("<I", ROW_NBYTES) + ROW)
+        self.tensor = memoryview(bytearray(BULK_NBYTES))
+        self.answer = memoryview(bytearray(ROW_NBYTES))
+
+    async def row(self) -> None:
+        self.socket.sendall(self.message)
+        receive(self.socket, self.answer)
+
+    async def bulk(self) -> None:
+        self.socket.sendall(struct.pack("<I", BULK_NBYTES))
+        self.socket.sendall(self.tensor)
+        receive(self.socket, self.answer[:1])
+
+    def rows_in_flight(self, rounds: int) -> float:
+        """Calls per second with as many rows on the way at a time: one thread writes, this one reads."""
+        writer = threading.Thread(
+            target=lambda: [self.socket.sendall(self.message) for _ in range(rounds * IN_FLIGHT)]
+        )
+        start = time.perf_counter()
+        writer.start()
+        for _ in range(rounds * IN_FLIGHT):
+            receive(self.socket, self.answer)
+        elapsed = time.perf_counter() - start
+        writer.join()
+        return rounds * IN_FLIGHT / elapsed
+
+
+def receive(connection: socket.socket, into: memoryview) -> bool:
+    """Fill `into`; False where the stream ended first."""
+    while into:
+        nbytes = connection.recv_into(into)
+        if not nbytes:
+            return False
+        into = into[nbytes:]
+    return True
+
+
+class Splitinfer(Peer):
+    """A full call as an expert call makes it: method, meta, deadline, one tensor each way."""
+
+    name = "splitinfer, TCP"
+    address = "127.0.0.1:0"
+
+    def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(server's, client's) part of the configuration."""
+        return {}, {}
+
+    async def serve(self, ready: Callable[[Any], None]) -> None:
+        from splitinfer import transport
+
+        async def echo(call: transport.Call) -> Any:
+            return call.tensors
+
+        async def sink(call: transport.Call) -> Any:
+            return []
+
+        ours, theirs = self.settings()
+        server = await transport.serve(
+            {"experts": echo, "sink": sink}, self.address, config=transport.ServerConfig(**ours)
+        )
+        ready((server.address, theirs))
+        await asyncio.Event().wait()
+
+    async def connect(self, address: Any) -> None:
+        from splitinfer import transport
+
+        where, settings = address
+        self.channel = await transport.connect(where, config=transport.ClientConfig(**settings))
+        self.tensor = np.frombuffer(ROW, np.uint16)
+        self.large = np.zeros(BULK_NBYTES // 2, np.uint16)
+
+    async def row(self) -> None:
+        await self.channel.call("experts", [self.tensor], {"layer": 3, "out": "bfloat16"}, timeout=TIMEOUT)
+
+    async def bulk(self) -> None:
+        await self.channel.call("sink", [self.large], timeout=TIMEOUT)
+
+    async def close(self) -> None:
+        await self.channel.close()
+
+
+class SplitinferUnix(Splitinfer):
+    name = "splitinfer, Unix socket"
+
+    @property
+    def address(self) -> str:  # type: ignore[override]
+        return f"unix:{tempfile.mkdtemp()}/bench.sock"
+
+
+class SplitinferTLS(Splitinfer):
+    name = "splitinfer, TLS 1.3 and token"
+
+    def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        from splitinfer.transport.certificates import TLSConfig, make_certificate
+        from splitinfer.transport.security import Token
+
+        made = make_certificate(Path(tempfile.mkdtemp()))
+        token = Token.generate()[1]
+        server = {"tls": TLSConfig(certificate=made.certificate, key=made.key), "token": Token(token)}
+        return server, {"tls": TLSConfig(fingerprint=made.fingerprint), "token": token}
+
+    async def connect(self, address: Any) -> None:
+        from splitinfer.transport.security import Token
+
+        where, settings = address
+        await super().connect((where, {**settings, "token": Token(settings["token"])}))
+
+
+class Http(Peer):
+    """HTTP/1.1 keep-alive: aiohttp's client, uvicorn with httptools."""
+
+    name = "HTTP/1.1, aiohttp to uvicorn"
+
+    async def serve(self, ready: Callable[[Any], None]) -> None:
+        import uvicorn
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            body = bytearray()
+            more = True
+            while more:
+                message = await receive()
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+            answer = bytes(body) if len(body) == ROW_NBYTES else b"!"
+            headers = [(b"content-length", str(len(answer)).encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": answer})
+
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", http="httptools", lifespan="off"))
+        ready(listener.getsockname()[1])
+        await server.serve(sockets=[listener])
+
+    async def connect(self, address: Any) -> None:
+        import aiohttp
+
+        self.session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=IN_FLIGHT))
+        self.url = f"http://127.0.0.1:{address}/experts"
+        self.timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+        self.tensor = bytes(BULK_NBYTES)
+
+    async def post(self, body: Any) -> None:
+        async with self.session.post(
+            self.url, data=body, timeout=self.timeout, headers={"layer": "3"}
+        ) as reply:
+            await reply.read()
+
+    async def row(self) -> None:
+        await self.post(ROW)
+
+    async def bulk(self) -> None:
+        await self.post(memoryview(self.tensor))
+
+    async def close(self) -> None:
+        await self.session.close()
+
+
+class Zmq(Peer):
+    """pyzmq's asyncio sockets, DEALER to ROUTER: an id, a header and a body."""
+
+    name = "pyzmq asyncio"
+
+    async def serve(self, ready: Callable[[Any], None]) -> None:
+        import zmq
+        import zmq.asyncio
+
+        listener = zmq.asyncio.Context().socket(zmq.ROUTER)
+        ready(listener.bind_to_random_port("tcp://127.0.0.1"))
+        while True:
+            client, number, header, body = await listener.recv_multipart(copy=False)
+            answer = body if len(body) == ROW_NBYTES else b"!"
+            await listener.send_multipart([client, number, header, answer], copy=False)
+
+    async def connect(self, address: Any) -> None:
+        import zmq
+        import zmq.asyncio
+
+        self.dealer = zmq.asyncio.Context().socket(zmq.DEALER)
+        self.dealer.connect(f"tcp://127.0.0.1:{address}")
+        self.tensor = bytes(BULK_NBYTES)
+        self.waiting: dict[bytes, asyncio.Future[None]] = {}
+        self.number = 0
+        self.reader = asyncio.create_task(self.read())
+
+    async def read(self) -> None:
+        while True:
+            number, _, _ = await self.dealer.recv_multipart()
+            self.waiting.pop(number).set_result(None)
+
+    async def call(self, body: bytes) -> None:
+        self.number += 1
+        number = self.number.to_bytes(8, "little")
+        done = self.waiting[number] = asyncio.get_running_loop().create_future()
+        await self.dealer.send_multipart([number, b'{"layer":3}', body], copy=len(body) == ROW_NBYTES)
+        await done
+
+    async def row(self) -> None:
+        await self.call(ROW)
+
+    async def bulk(self) -> None:
+        await self.call(self.tensor)
+
+    async def close(self) -> None:
+        self.reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.reader
+        self.dealer.close(linger=0)
+
+
+class Grpc(Peer):
+    """grpc.aio, unary, bytes as they are (no protobuf on top)."""
+
+    name = "grpc.aio"
+    options: ClassVar = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+    async def serve(self, ready: Callable[[Any], None]) -> None:
+        import grpc
+
+        async def answer(request: bytes, _context: Any) -> bytes:
+            return request if len(request) == ROW_NBYTES else b"!"
+
+        server = grpc.aio.server(options=self.options)
+        method = grpc.unary_unary_rpc_method_handler(answer)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench", {"Experts": method}),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        ready(port)
+        await server.wait_for_termination()
+
+    async def connect(self, address: Any) -> None:
+        import grpc
+
+        self.grpc_channel = grpc.aio.insecure_channel(f"127.0.0.1:{address}", options=self.options)
+        self.method: Callable[..., Awaitable[bytes]] = self.grpc_channel.unary_unary("/bench/Experts")
+        self.tensor = bytes(BULK_NBYTES)
+
+    async def row(self) -> None:
+        await self.method(ROW, timeout=TIMEOUT, metadata=(("layer", "3"),))
+
+    async def bulk(self) -> None:
+        await self.method(self.tensor, timeout=TIMEOUT)
+
+    async def close(self) -> None:
+        await self.grpc_channel.close()
+
+
+PEERS: Final = {
+    "raw": RawSocket,
+    "tcp": Splitinfer,
+    "unix": SplitinferUnix,
+    "tls": SplitinferTLS,
+    "http": Http,
+    "zmq": Zmq,
+    "grpc": Grpc,
+}
+
+
+def run_loop(peer: str, main: Coroutine[Any, Any, None]) -> None:
+    """grpc.aio is faster on asyncio's own loop, everything else on uvloop."""
+    (asyncio.run if peer == "grpc" else uvloop.run)(main)
+
+
+def run_server(peer: str, pipe: Connection) -> None:
+    """A server process: sends where it listens, then serves until it is terminated."""
+    run_loop(peer, PEERS[peer]().serve(pipe.send))
+
+
+def run_client(peer: str, address: Any, pipe: Connection) -> None:
+    """A client process: reads (what, how many), answers with seconds per call or calls per second."""
+    run_loop(peer, drive(PEERS[peer](), address, pipe))
+
+
+async def drive(peer: Peer, address: Any, pipe: Connection) -> None:
+    await peer.connect(address)
+    while (order := await asyncio.get_running_loop().run_in_executor(None, pipe.recv)) is not None:
+        what, count = order
+        if what == "flight":
+            pipe.send(await calls_per_second(peer, count))
+        else:
+            pipe.send(await seconds_per_call(peer.row if what == "row" else peer.bulk, count))
+    await peer.close()
+
+
+async def seconds_per_call(call: Callable[[], Awaitable[None]], count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        await call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+async def calls_per_second(peer: Peer, rounds: int) -> float:
+    """With `IN_FLIGHT` callers that each make `rounds` calls one after another."""
+    if isinstance(peer, RawSocket):
+        return peer.rows_in_flight(rounds)
+
+    async def caller() -> None:
+        for _ in range(rounds):
+            await peer.row()
+
+    start = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(IN_FLIGHT)))
+    return rounds * IN_FLIGHT / (time.perf_counter() - start)
