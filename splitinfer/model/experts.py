@@ -14,6 +14,7 @@ from torch import Tensor
 
 from splitinfer.errors import PlacementError
 from splitinfer.model.compute import INLINE_ROWS, submit
+from splitinfer.model.dense import linear
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
@@ -62,8 +63,8 @@ class DenseExpert:
         self.nbytes = gate_up_proj.nbytes + down_proj.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up_proj).chunk(2, dim=-1)
-        return F.linear(F.gelu(gate, approximate="tanh").mul_(up), self.down_proj)
+        gate, up = linear(x, self.gate_up_proj).chunk(2, dim=-1)
+        return linear(F.gelu(gate, approximate="tanh").mul_(up), self.down_proj)
 
 
 class ExpertBank:

@@ -25,6 +25,7 @@ from splitinfer.model.attention import Block, Rotation, attend, plan_blocks, rot
 from splitinfer.model.cache import KVCache
 from splitinfer.model.compute import compute
 from splitinfer.model.config import ModelConfig
+from splitinfer.model.dense import linear
 from splitinfer.model.experts import Experts
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
@@ -89,7 +90,7 @@ class _Weights:
         return self.checkpoint.tensor(self.prefix + name).to(self.device, dtype or self.dtype)
 
     def linear(self, name: str) -> Linear:
-        return partial(F.linear, weight=self.plain(name + ".weight"))
+        return partial(linear, weight=self.plain(name + ".weight"))
 
     def norm(self, name: str) -> Linear:
         """RMSNorm in float32 with one rounding to x's dtype, as the reference computes it."""
@@ -250,9 +251,9 @@ class Gemma:
         # The reference rounds the factor to the weights' dtype: 53.0 for 53.07 in bfloat16.
         self._embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=dtype))
         self._norm = weights.norm("norm")
-        self._head = partial(F.linear, weight=self._embedding)
+        self._head = partial(linear, weight=self._embedding)
         if not config.tie_word_embeddings:
-            self._head = partial(F.linear, weight=weights.plain("lm_head.weight"))
+            self._head = partial(linear, weight=weights.plain("lm_head.weight"))
         self._layers = [
             _Layer(_Weights(checkpoint, f"layers.{i}.", device, dtype), config, i)
             for i in range(config.num_hidden_layers)
