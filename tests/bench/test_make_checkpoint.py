@@ -12,6 +12,7 @@ from bench.make_checkpoint import write
 from splitinfer.model.experts import ExpertBank, LocalExperts
 from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.model.weights import Checkpoint
+from splitinfer.timing import Timeline
 
 EXPERTS, VOCAB = 8, 512
 
@@ -38,10 +39,15 @@ class Recorded(LocalExperts):
     weights = torch.empty(0)
 
     def dispatch(
-        self, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+        self,
+        layer: int,
+        x: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        timeline: Timeline | None = None,
     ) -> Awaitable[Tensor]:
         self.weights = top_k_weights
-        return super().dispatch(layer, x, top_k_index, top_k_weights)
+        return super().dispatch(layer, x, top_k_index, top_k_weights, timeline)
 
 
 def test_the_model_runs_on_a_sane_scale(path: Path) -> None:
