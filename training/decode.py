@@ -7,14 +7,14 @@ engine is elsewhere.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from training.drafter import Assistant
-from training.network import FULL, SLIDING, Decoder, Experts, Layer, Rope
+from training.network import FULL, SLIDING, Decoder, Experts, Rope
 
 __all__ = ["Decoding", "DraftCount", "draft_and_verify", "probabilities", "sample"]
 
@@ -45,7 +45,7 @@ class Decoding:
         hidden: Tensor = self.model.norm(x)
         return hidden
 
-    def _layer(self, index: int, layer: Layer, x: Tensor, rope: Rope, seen: Tensor) -> Tensor:
+    def _layer(self, index: int, layer: Any, x: Tensor, rope: Rope, seen: Tensor) -> Tensor:
         q, k, v = layer.self_attn.project(layer.input_layernorm(x), rope)
         if index < len(self.memory):
             old_k, old_v = self.memory[index]
@@ -57,12 +57,14 @@ class Decoding:
         x = x + layer.post_attention_layernorm(layer.self_attn.output(out))
         rows = x.flatten(0, 1)
         if rows.shape[0] > 32:
-            return layer.feed_forward(x)[0]
+            mixed: Tensor = layer.feed_forward(x)[0]
+            return mixed
         dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(x)))
         _, weights, chosen = layer.router(rows)
         routed = _few_rows(layer.experts, layer.pre_feedforward_layernorm_2(rows), chosen, weights)
         routed = layer.post_feedforward_layernorm_2(routed).view_as(x)
-        return (x + layer.post_feedforward_layernorm(dense + routed)) * layer.layer_scalar
+        mixed = (x + layer.post_feedforward_layernorm(dense + routed)) * layer.layer_scalar
+        return mixed
 
     def truncate(self, length: int) -> None:
         self.memory = [(k[:, :, :length], v[:, :, :length]) for k, v in self.memory]
@@ -125,6 +127,7 @@ def draft_and_verify(
     hidden = decoding.feed(torch.tensor([prompt]))[:, -1:]
     ids = [*prompt, int(sample(probabilities(target.logits(hidden)[0, 0], temperature), generator))]
     steps, reached, accepted = 0, [0] * depth, [0] * depth
+    beliefs: list[Tensor]
     while len(ids) - len(prompt) < count:
         if assistant is None:
             drafts, beliefs = _look_up(ids, depth), []

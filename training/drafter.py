@@ -79,13 +79,13 @@ class _Attention(nn.Module):
             seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril(-1)
             seen[0, 0] = True  # position 0 has nothing before it; its row is never used
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=1.0, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        result: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return result
 
 
 class _Layer(nn.Module):
     def __init__(self, a: Architecture, intermediate_size: int, layer_type: str) -> None:
         super().__init__()
-        self.layer_type = layer_type
         self.self_attn = _Attention(a, layer_type)
         self.mlp = MLP(a.hidden_size, intermediate_size)
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
@@ -131,8 +131,8 @@ class Assistant(nn.Module):
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
         self.model.embed_tokens.weight.copy_(target.embed_tokens.weight)
         self.model.norm.weight.copy_(target.norm.weight)
-        for layer in self.model.layers:
-            source = sources[layer.layer_type]
+        for layer, layer_type in zip(self.model.layers, LAYER_TYPES, strict=True):
+            source = sources[layer_type]
             for name in ("q_proj", "q_norm", "o_proj"):
                 getattr(layer.self_attn, name).weight.copy_(getattr(source.self_attn, name).weight)
         eye = torch.eye(size)
@@ -151,8 +151,8 @@ class Assistant(nn.Module):
         back.
         """
         x = self.pre_projection(torch.cat((embedded, hidden), dim=-1))
-        for layer in self.model.layers:
-            x = layer(x, ropes[layer.layer_type], state[layer.layer_type], trained)
+        for layer, layer_type in zip(self.model.layers, LAYER_TYPES, strict=True):
+            x = layer(x, ropes[layer_type], state[layer_type], trained)
         x = self.model.norm(x)
         return F.linear(x, self.model.embed_tokens.weight), self.post_projection(x)
 

@@ -69,4 +69,5 @@ def grouped_product(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """`x` [rows, K] sorted by expert, `stack` [E, N, K], `ends` [E] (one past each expert's last row) ->
     [rows, N].
     """
-    return _rows(x, stack, ends, False)
+    result: Tensor = _rows(x, stack, ends, False)
+    return result

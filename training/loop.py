@@ -74,7 +74,7 @@ def train(
     warmup: int,
     stable: float,
     report: Callable[[], str] | None = None,
-    report_seconds: float = 600.0,
+    report_seconds: float = 1200.0,
     console: Console,
 ) -> dict[str, float]:
     """Run until the budget is used up. `loss_of(step, progress)` returns the loss and its tokens. `report`
@@ -83,6 +83,7 @@ def train(
     counters = load_state(folder, model, optimizers) or {"step": 0, "tokens": 0, "seconds": 0.0}
     clock = ActiveClock(counters["seconds"])
     saved = reported = counters["seconds"]
+    begun = int(counters["step"])
     smooth = math.nan
     with Progress(
         TextColumn("{task.description}"),
@@ -109,7 +110,7 @@ def train(
             if not math.isfinite(value):
                 raise RuntimeError(f"the loss of step {step} is {value}; lower the learning rate")
             smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
-            if step < 2:
+            if step < begun + 2:
                 clock.skip()  # compilation
             passed = clock.tick()
             counters.update(step=step + 1, tokens=counters["tokens"] + tokens, seconds=clock.seconds)

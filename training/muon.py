@@ -30,7 +30,8 @@ def orthogonalise(stack: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return x.mT if tall else x
+    result: Tensor = x.mT if tall else x
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,7 +59,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), members in by_shape.items():
                 stacked = orthogonalise(torch.cat([update for _, update in members]))
                 scale = max(1.0, rows / columns) ** 0.5
-                parts = stacked.split([update.shape[0] for _, update in members])
+                parts = torch.split(stacked, [update.shape[0] for _, update in members])
                 for (parameter, _), part in zip(members, parts, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(part.reshape(parameter.shape), alpha=-group["lr"] * scale)

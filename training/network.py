@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,8 @@ class Attention(nn.Module):
 
     def output(self, attended: Tensor) -> Tensor:
         """[batch, heads, length, head_dim] -> [batch, length, H]."""
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return out
 
     def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.project(x, rope)
@@ -195,7 +196,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return out
 
 
 class Router(nn.Module):
@@ -355,7 +357,8 @@ class Decoder(nn.Module):
         }
         x = self.embed_tokens(ids) * a.hidden_size**0.5
         states = []
-        for layer, layer_type in zip(layers or self.layers, a.layer_types, strict=True):
+        run: Sequence[Callable[..., Any]] = layers or list(self.layers)
+        for layer, layer_type in zip(run, a.layer_types, strict=True):
             x, state = layer(x, ropes[layer_type])
             states.append(state)
         return self.norm(x), states

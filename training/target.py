@@ -32,7 +32,7 @@ class TargetRecipe:
     module_rows: int = 4
     test_rows: int = 4
     late_module_rows: int = 6  # the mixture leans to what is measured once the rate decays
-    late: float = 0.5
+    late: float = 0.3
     matrix_lr: float = 0.03
     embedding_lr: float = 0.005
     vector_lr: float = 0.002
