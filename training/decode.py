@@ -7,7 +7,7 @@ engine is elsewhere.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,8 @@ class Decoding:
         _, weights, chosen = layer.router(rows)
         routed = _few_rows(layer.experts, layer.pre_feedforward_layernorm_2(rows), chosen, weights)
         routed = layer.post_feedforward_layernorm_2(routed).view_as(x)
-        mixed = (x + layer.post_feedforward_layernorm(dense + routed)) * layer.layer_scalar
-        return mixed
+        x = x + layer.post_feedforward_layernorm(dense + routed)
+        return x * cast(Tensor, layer.layer_scalar)
 
     def truncate(self, length: int) -> None:
         self.memory = [(k[:, :, :length], v[:, :, :length]) for k, v in self.memory]
