@@ -64,6 +64,7 @@ class ExpertNode:
         self._threads = threads
         self._config = config
         self._bank: ExpertBank | None = None
+        self._holding: Holding | None = None
         self._server: transport.Server | None = None
         self._stopped = asyncio.Event()
         self.calls = 0
@@ -71,30 +72,37 @@ class ExpertNode:
 
     @property
     def address(self) -> str:
-        """Where the node listens, as a client would write it."""
-        return self._running[1].address
+        """Where the node listens, as a client would write it. Raises UsageError before `start`."""
+        if self._server is None:
+            raise _not_started()
+        address: str = self._server.address
+        return address
+
+    @property
+    def bank(self) -> ExpertBank:
+        """The experts held. Raises UsageError before `start`."""
+        if self._bank is None:
+            raise _not_started()
+        return self._bank
 
     @property
     def holding(self) -> Holding:
-        """What the node holds."""
+        """What the node holds, as its handshake tells. Raises UsageError before `start`."""
+        if self._holding is None:
+            raise _not_started()
         return self._holding
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights held."""
-        return self._running[0].nbytes
-
-    @property
-    def _running(self) -> tuple[ExpertBank, transport.Server]:
-        if self._bank is None or self._server is None:
-            raise UsageError("the node has not started", remedy="Await node.start() first.")
-        return self._bank, self._server
+        return self.bank.nbytes
 
     async def start(self) -> None:
         """Map the weights and listen. Returns once calls are answered."""
-        self._bank = await asyncio.get_running_loop().run_in_executor(None, self._load)
+        loop = asyncio.get_running_loop()
+        self._bank, self._holding = await loop.run_in_executor(None, self._load)
         self._server = await transport.serve(
-            {EXPERT_CALL: self._answer}, self._bind, info=self._holding.to_info(), config=self._config
+            {EXPERT_CALL: self._answer}, self._bind, info=self.holding.to_info(), config=self._config
         )
         log.info("holds %s, listens on %s", self._holding, self._server.address)
 
@@ -114,7 +122,6 @@ class ExpertNode:
         if server is not None:
             await server.drain(timeout=DRAIN_TIMEOUT)
             await server.close()
-        self._bank = None
         self._stopped.set()
 
     async def __aenter__(self) -> ExpertNode:
@@ -124,25 +131,24 @@ class ExpertNode:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.stop()
 
-    def _load(self) -> ExpertBank:
+    def _load(self) -> tuple[ExpertBank, Holding]:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         checkpoint = Checkpoint.open(resolve_model(self._model))
         config = checkpoint.config
-        layers = parse_ranges(
-            self._layers or f"0-{config.num_hidden_layers - 1}", config.num_hidden_layers, "--layers"
-        )
-        experts = parse_ranges(
-            self._experts or f"0-{config.num_experts - 1}", config.num_experts, "--experts"
-        )
+        if not config.enable_moe_block:
+            raise UsageError(
+                f"{checkpoint.path} is a dense model: it has no experts to hold",
+                remedy="Name a checkpoint with a mixture of experts, such as Gemma 4 26B-A4B.",
+            )
+        layers = _ids(self._layers, config.num_hidden_layers, "--layers")
+        experts = _ids(self._experts, config.num_experts, "--experts")
         bank = ExpertBank(checkpoint, dict.fromkeys(layers, experts))
-        self._holding = Holding(checkpoint.fingerprint, layers, experts, bank.weight_format)
-        self._hidden_size = config.hidden_size
-        return bank
+        return bank, Holding(checkpoint.fingerprint, layers, experts, bank.weight_format)
 
     def _answer(self, call: transport.Call) -> transport.Reply | Awaitable[transport.Reply]:
         """One expert call. Few rows are answered at once; many leave the loop free to move bytes."""
-        request = _Request(call, self._hidden_size, self._holding)
+        request = _Request(call, self.bank.hidden_size, self.holding)
         self.calls += 1
         self.rows += request.rows
         if request.rows > INLINE_ROWS:
@@ -151,10 +157,17 @@ class ExpertNode:
             return self._compute(request)
 
     def _compute(self, request: _Request) -> transport.Reply:
-        bank, _ = self._running
         start = perf_counter()
-        partial = bank.forward(request.layer, request.x, request.index, request.weights, request.out)
+        partial = self.bank.forward(request.layer, request.x, request.index, request.weights, request.out)
         return transport.Reply([partial], {"compute_us": int((perf_counter() - start) * 1e6)})
+
+
+def _ids(ranges: str | None, count: int, flag: str) -> tuple[int, ...]:
+    return tuple(range(count)) if ranges is None else parse_ranges(ranges, count, flag)
+
+
+def _not_started() -> UsageError:
+    return UsageError("the node has not started", remedy="Await node.start() first.")
 
 
 class _Request:

@@ -82,6 +82,7 @@ class ExpertBank:
         device: str | torch.device = "cpu",
     ) -> None:
         self.dtype = dtype or checkpoint.dtype
+        self.hidden_size = checkpoint.config.hidden_size
         self.device = torch.device(device)
         self._layers: dict[int, dict[int, ExpertProduct]] = {}
         for layer, ids in holding.items():
