@@ -29,7 +29,11 @@ async def connect(address: str, *, config: ClientConfig | None = None) -> Channe
     RemoteProtocolError, Overloaded.
     """
     channel = Channel(address, config or ClientConfig())
-    await channel.reconnect()
+    try:
+        await channel.reconnect()
+    except BaseException:
+        await channel.close()
+        raise
     return channel
 
 
@@ -184,7 +188,11 @@ class Channel:
             return self.address
         if self._emulated is None:
             emulated = EmulatedLink(self.config.link, self.address)
-            await asyncio.to_thread(emulated.start)
+            try:
+                await asyncio.to_thread(emulated.start)
+            except asyncio.CancelledError:
+                emulated.close()
+                raise
             self._emulated = emulated
         return self._emulated.address
 

@@ -1,4 +1,7 @@
-"""One suite for every way to connect: tcp, IPv6, unix, memory. What holds for one has to hold for all."""
+"""One suite for every way to connect: tcp, IPv6, unix, memory, TLS, through an emulated link, compressed.
+
+What holds for one has to hold for all.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -24,7 +28,10 @@ from splitinfer.errors import (
     RemoteError,
 )
 from splitinfer.transport import ClientConfig, Limits, Reply, ServerConfig
+from splitinfer.transport.certificates import Certificate, TLSConfig, make_certificate
 from splitinfer.transport.frames import CHUNK_NBYTES
+from splitinfer.transport.link import LinkSpec
+from splitinfer.transport.security import Token
 from splitinfer.transport.tensors import DTYPES
 
 Pair = Callable[..., contextlib.AbstractAsyncContextManager[tuple[transport.Server, transport.Channel]]]
@@ -37,22 +44,41 @@ def _has_ipv6() -> bool:
     return False
 
 
-@pytest.fixture(params=["127.0.0.1:0", "[::1]:0", "unix", "memory:conformance"])
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture(params=["127.0.0.1:0", "[::1]:0", "unix", "memory:conformance", "tls", "link", "lz4"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path, certificate: Certificate) -> Pair:
     """A server and a channel to it, both closed at the end."""
     address: str = request.param
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
     if address.startswith("[") and not _has_ipv6():
         pytest.skip("no IPv6 loopback on this machine")
     if address == "unix":
         address = f"unix:{tmp_path}/socket"
+    elif address == "tls":
+        token = Token("the token of this suite")
+        ours = {"tls": TLSConfig(fingerprint=certificate.fingerprint), "token": token}
+        theirs = {"tls": TLSConfig(certificate=certificate.certificate, key=certificate.key), "token": token}
+    elif address == "link":
+        ours = {"link": LinkSpec(rtt=0.001)}
+    elif address == "lz4":
+        ours = theirs = {"compression": "on"}
+    if ours:
+        address = "127.0.0.1:0"
 
     @contextlib.asynccontextmanager
     async def open_pair(
         handler: Any, *, info: Any = None, server: Any = None, client: Any = None
     ) -> AsyncIterator[tuple[transport.Server, transport.Channel]]:
+        serving = replace(server or ServerConfig(), **theirs)
+        calling = replace(client or ClientConfig(), **ours)
         async with (
-            await transport.serve(handler, address, info=info, config=server) as served,
-            await transport.connect(served.address, config=client) as channel,
+            await transport.serve(handler, address, info=info, config=serving) as served,
+            await transport.connect(served.address, config=calling) as channel,
         ):
             yield served, channel
 
@@ -434,7 +460,7 @@ def test_ping_and_stats(pair: Pair) -> None:
         async with pair(echo) as (_, channel):
             assert 0 < await channel.ping() < 1
             before = channel.stats
-            await channel.call("any", [np.zeros(5632, np.uint8)])
+            await channel.call("any", [np.random.default_rng(0).integers(0, 256, 5632, np.uint8)])
             after = channel.stats
             assert after.calls == before.calls + 1
             assert 5632 < after.sent_nbytes - before.sent_nbytes < 6000
