@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from pathlib import Path
@@ -70,7 +70,7 @@ class Engine:
         """See `AsyncEngine.generate`."""
         return self._run(self._engine.generate(prompt, **options))
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[Piece]:
         """See `AsyncEngine.stream`. Leaving the iteration early ends the generation."""
         pieces = self._engine.stream(prompt, **options)
 

@@ -4,13 +4,15 @@ Every setting is a field of `Settings`, read by one reader whichever place it co
 value gets the same sentence with the name of the place in front. `splitinfer.toml` is searched in the current
 folder, then in `$XDG_CONFIG_HOME/splitinfer` (`~/.config/splitinfer`); the first one found counts. Its keys
 are the field names; file names in it are relative to it. The token is a secret: it comes from the file that
-`token_file` names, never from the command line, which other users of a machine can read.
+`token_file` names or from `SPLITINFER_TOKEN`, never from the command line, which other users of a machine
+can read.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -69,6 +71,13 @@ def _seconds(raw: object) -> float:
     return value
 
 
+def _device(raw: object) -> str:
+    """cpu, cuda, cuda:N or mps"""
+    if not isinstance(raw, str) or not re.fullmatch(r"cpu|cuda(:\d{1,3})?|mps", raw):
+        raise ValueError
+    return raw
+
+
 def _choice(*choices: str) -> Callable[[object], str]:
     def read(raw: object) -> str:
         if raw not in choices:
@@ -96,12 +105,11 @@ class Settings:
 
     model: str = _setting("", _text, is_path=True)
     nodes: tuple[str, ...] = _setting((), _texts)
-    device: str = _setting("cpu", _text)
+    device: str = _setting("cpu", _device)
     dtype: str | None = _setting(None, _choice("float32", "bfloat16"))
     threads: int | None = _setting(None, _whole(1, 1024))
     context: int | None = _setting(None, _whole(1, 1 << 24))
-    timeout: float = _setting(30.0, _seconds)
-    compression: str = _setting("auto", _choice("auto", "on", "off"))
+    timeout: float = _setting(60.0, _seconds)
     token_file: str | None = _setting(None, _text, is_path=True)
     experts: str | None = _setting(None, _text)
     layers: str | None = _setting(None, _text)

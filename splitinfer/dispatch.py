@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from splitinfer import transport
-from splitinfer.errors import DeadlineExceeded, LinkError, Overloaded, PlacementError, RemoteProtocolError
+from splitinfer.errors import (
+    DeadlineExceeded,
+    LinkError,
+    Overloaded,
+    PlacementError,
+    RemoteProtocolError,
+    TransportError,
+)
 from splitinfer.placement import Holding, Placement, format_ranges
 from splitinfer.timing import Timeline
 
@@ -121,9 +128,9 @@ class RemoteExperts:
             if not isinstance(channel, BaseException)
         }
         try:
-            for failure in opened:
+            for address, failure in zip(unique, opened, strict=True):
                 if isinstance(failure, BaseException):
-                    raise failure
+                    raise _naming(address, failure)
             holdings = [(a, Holding.from_info(channel.info, a)) for a, channel in channels.items()]
             for address, holding in holdings:
                 channels[address].on_info = partial(_still_holds, holding, address)
@@ -314,6 +321,14 @@ class RemoteExperts:
                 ) from error
             await asyncio.sleep(RETRY_PAUSE)
         return self._send(layer, wire, np.where(asked >= 0, owners[asked], np.int16(-1)), deadline)
+
+
+def _naming(address: str, error: BaseException) -> BaseException:
+    """The error of one connection among several, saying which: a parser of bytes does not know its peer."""
+    if isinstance(error, TransportError) and address not in str(error):
+        error.args = (f"{address}: {error}",)
+        error.peer = address
+    return error
 
 
 def _still_holds(before: Holding, address: str, info: dict[str, Any]) -> None:

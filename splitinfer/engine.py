@@ -252,7 +252,10 @@ class _Generation:
                 remedy="Shorten the prompt, lower --max-tokens, or raise --context.",
             )
         if stop and engine.tokenizer is None:
-            raise UsageError(f"{engine.checkpoint.path} has no tokenizer, so stop strings cannot be found")
+            raise UsageError(
+                f"{engine.checkpoint.path} has no tokenizer, so stop strings cannot be found",
+                remedy="Leave the stop strings out; --max-tokens and the model's end tokens still stop it.",
+            )
         self._engine = engine
         self._prompt = prompt
         self._max_tokens = max_tokens

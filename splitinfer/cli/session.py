@@ -1,0 +1,136 @@
+"""From settings to a running engine, and from a completion to figures for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from splitinfer import __version__
+from splitinfer.cli.console import busy, human_size, plain, screen
+from splitinfer.config import Settings
+
+if TYPE_CHECKING:
+    from splitinfer.blocking import Engine
+    from splitinfer.engine import AsyncEngine
+    from splitinfer.generation import Completion
+    from splitinfer.transport import ClientConfig, ServerConfig
+
+__all__ = [
+    "Request",
+    "as_json",
+    "client_config",
+    "model_of",
+    "name_of",
+    "open_async_engine",
+    "open_engine",
+    "print_figures",
+    "server_config",
+]
+
+
+@dataclass(frozen=True)
+class Request:
+    """How one answer is made: the arguments of `Engine.generate` beside the prompt."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: tuple[str, ...]
+
+    def arguments(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def name_of(settings: Settings) -> str:
+    """The model as a person knows it."""
+    return settings.model or "the demo model"
+
+
+def model_of(settings: Settings) -> str:
+    """The model to open: the one that the settings name, else the demo model."""
+    if settings.model:
+        return settings.model
+    from splitinfer import demo
+
+    return str(demo.path())
+
+
+def client_config(settings: Settings) -> ClientConfig:
+    """How this machine talks to nodes."""
+    from splitinfer.transport import ClientConfig
+    from splitinfer.transport.security import load_token
+
+    return ClientConfig(token=load_token(settings.token_file))
+
+
+def server_config(settings: Settings, *, insecure: bool) -> ServerConfig:
+    """How this machine listens. `insecure` lets it listen beyond itself without a token and TLS."""
+    from splitinfer.transport import ServerConfig
+    from splitinfer.transport.security import load_token
+
+    return ServerConfig(insecure=insecure, token=load_token(settings.token_file))
+
+
+def _arguments(settings: Settings) -> dict[str, Any]:
+    """The arguments of both engines beside the model."""
+    names = ("nodes", "device", "dtype", "threads", "context", "timeout")
+    return {name: getattr(settings, name) for name in names} | {"transport": client_config(settings)}
+
+
+@asynccontextmanager
+async def open_async_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
+    """Load this machine's half and connect to the nodes, with a spinner on a terminal."""
+    async with AsyncExitStack() as stack:
+        with busy(f"loading {name_of(settings)}"):
+            from splitinfer.engine import AsyncEngine
+
+            engine = AsyncEngine(model_of(settings), **_arguments(settings))
+            await stack.enter_async_context(engine)
+        yield engine
+
+
+@contextmanager
+def open_engine(settings: Settings) -> Iterator[Engine]:
+    """The same, synchronous."""
+    with ExitStack() as stack:
+        with busy(f"loading {name_of(settings)}"):
+            from splitinfer.blocking import Engine
+
+            engine = stack.enter_context(Engine(model_of(settings), **_arguments(settings)))
+        yield engine
+
+
+def print_figures(completion: Completion) -> None:
+    """What the run took, on standard error: speed, traffic, and where the time went."""
+    usage, timings = completion.usage, completion.timings
+    lines = [
+        f"{usage.completion_tokens} tokens at {timings.decode_tokens_per_second:.1f} tokens/s, "
+        f"the first after {timings.ttft:.2f} s (prompt: {usage.prompt_tokens} tokens "
+        f"at {timings.prefill_tokens_per_second:.0f} tokens/s); ended by {completion.stop_reason}"
+    ]
+    if usage.calls:
+        lines.append(
+            f"network: {usage.calls} calls, {human_size(usage.bytes_sent)} sent, "
+            f"{human_size(usage.bytes_received)} received"
+        )
+    total = sum(timings.phases.values())
+    if total > 0:
+        shares = (f"{phase} {seconds / total:.0%}" for phase, seconds in timings.phases.items())
+        lines.append(f"time: {', '.join(shares)}")
+    console = screen()
+    for line in lines:
+        console.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def as_json(completion: Completion, settings: Settings) -> dict[str, Any]:
+    """A completion for programs, with what it was made by."""
+    return {
+        **plain(completion),
+        "model": settings.model or None,
+        "nodes": list(settings.nodes),
+        "version": __version__,
+    }
