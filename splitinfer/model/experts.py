@@ -14,11 +14,13 @@ from torch import Tensor
 
 from splitinfer.errors import PlacementError
 from splitinfer.model.compute import INLINE_ROWS, submit
-from splitinfer.model.dense import linear
+from splitinfer.model.linear import Linear, matrix_of
+from splitinfer.model.native import DTYPES, Matrix, kernels
+from splitinfer.model.quantize import Packed, format_of
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
-__all__ = ["DenseExpert", "ExpertBank", "ExpertProduct", "Experts", "LocalExperts"]
+__all__ = ["ExpertBank", "Experts", "LocalExperts"]
 
 T = TypeVar("T")
 
@@ -42,35 +44,42 @@ class Experts(Protocol):
         ...
 
 
-class ExpertProduct(Protocol):
-    """One expert in some weight format."""
+class _TorchExpert:
+    """One expert by PyTorch's products. Reference: transformers' `Gemma4TextExperts`."""
 
-    nbytes: int
+    def __init__(self, gate_up_proj: Packed, down_proj: Packed, device: torch.device) -> None:
+        self.gate_up_proj = Linear(gate_up_proj, device=device)  # [2*I, H]
+        self.down_proj = Linear(down_proj, device=device)  # [H, I]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, H] to [rows, H], without the router's weight."""
-        ...
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.gelu(gate, approximate="tanh").mul_(up))
 
 
-class DenseExpert:
-    """An expert in the weights' own floating-point format. Reference: transformers' `Gemma4TextExperts`."""
+class _Layer:
+    """One layer's experts, by id, as the kernels take them: two tables with holes where nothing is held."""
 
-    __slots__ = ("down_proj", "gate_up_proj", "nbytes")
+    def __init__(self, experts: dict[int, tuple[Packed, Packed]], num_experts: int) -> None:
+        self.packed = experts
+        self.gate_up = (Matrix * num_experts)()
+        self.down = (Matrix * num_experts)()
+        for expert, (gate_up, down) in experts.items():
+            self.gate_up[expert] = matrix_of(gate_up)
+            self.down[expert] = matrix_of(down)
+        self.products: dict[int, _TorchExpert] = {}
 
-    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor) -> None:
-        self.gate_up_proj = gate_up_proj  # [2*I, H]
-        self.down_proj = down_proj  # [H, I]
-        self.nbytes = gate_up_proj.nbytes + down_proj.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, self.gate_up_proj).chunk(2, dim=-1)
-        return linear(F.gelu(gate, approximate="tanh").mul_(up), self.down_proj)
+    @property
+    def nbytes(self) -> int:
+        return sum(gate_up.nbytes + down.nbytes for gate_up, down in self.packed.values())
 
 
 class ExpertBank:
-    """Some experts of some layers, mapped from a checkpoint; only their pages become resident, on first use.
+    """Some experts of some layers. Weights that keep their stored form are mapped, not read: only their own
+    pages become resident, on first use. Others are converted here, expert by expert.
 
-    `holding` maps a layer to the ids of its experts held. `dtype` None keeps the checkpoint's own.
+    `holding` maps a layer to the ids of its experts held. `format` is one of `quantize.FORMATS`; None keeps
+    the checkpoint's own, or bfloat16 if that is `dtype`. Activations keep the dtype they come in.
     """
 
     def __init__(
@@ -79,31 +88,27 @@ class ExpertBank:
         holding: Mapping[int, Sequence[int]],
         *,
         dtype: torch.dtype | None = None,
+        format: str | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        self.dtype = dtype or checkpoint.dtype
         self.hidden_size = checkpoint.config.hidden_size
         self.device = torch.device(device)
-        self._layers: dict[int, dict[int, ExpertProduct]] = {}
+        self._kernels = kernels() if self.device.type == "cpu" else None
+        self._layers: dict[int, _Layer] = {}
+        formats = set()
         for layer, ids in holding.items():
-            products: dict[int, ExpertProduct] = {}
+            held: dict[int, tuple[Packed, Packed]] = {}
             for lo, hi in _runs(ids):
-                gate_up, down = (
-                    part.to(self.device, self.dtype) for part in checkpoint.expert_slice(layer, lo, hi)
-                )
-                for i in range(hi - lo):
-                    products[lo + i] = DenseExpert(gate_up[i], down[i])
-            self._layers[layer] = products
-
-    @property
-    def weight_format(self) -> str:
-        """The weights' numeric format, such as "bfloat16"."""
-        return str(self.dtype).removeprefix("torch.")
+                found = checkpoint.experts(layer, lo, hi, format or format_of(dtype))
+                held.update(zip(range(lo, hi), found, strict=True))
+            formats |= {packed.format for pair in held.values() for packed in pair}
+            self._layers[layer] = _Layer(held, checkpoint.config.num_experts)
+        self.weight_format = "+".join(sorted(formats))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights held: what this bank makes resident once every expert was used."""
-        return sum(product.nbytes for products in self._layers.values() for product in products.values())
+        return sum(layer.nbytes for layer in self._layers.values())
 
     def forward(
         self,
@@ -120,30 +125,44 @@ class ExpertBank:
         Raises PlacementError for an expert that is not held.
         """
         out_dtype = out_dtype or x.dtype
-        products = self._layers.get(layer)
-        if products is None:
+        held = self._layers.get(layer)
+        if held is None:
             raise PlacementError(f"layer {layer} is not held here")
-        total: Tensor | None = None
-        source = x.to(self.device, self.dtype)
+        if not len(x):
+            return x.to(out_dtype)
+        if self._kernels is None or not {x.dtype, out_dtype} <= set(DTYPES):
+            return self._forward(held, layer, x, top_k_index, top_k_weights).to(x.device, out_dtype)
+        try:
+            return self._kernels.experts(
+                held.gate_up,
+                held.down,
+                x.contiguous(),
+                top_k_index.to(torch.int64).contiguous(),
+                top_k_weights.to(torch.float32).contiguous(),
+                torch.empty(x.shape, dtype=out_dtype),
+            )
+        except KeyError as error:
+            raise _not_held(int(error.args[0]), layer) from None
+
+    def _forward(
+        self, held: _Layer, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """The same by PyTorch's products, float32."""
+        total = torch.zeros(x.shape, dtype=torch.float32, device=self.device)
+        source = x.to(self.device)
         flat_weights = top_k_weights.to(self.device, torch.float32).flatten()
         k = top_k_index.shape[-1]
         for expert, places in sorted(_by_expert(top_k_index).items()):
-            product = products.get(expert)
+            product = held.products.get(expert)
             if product is None:
-                raise PlacementError(f"expert {expert} of layer {layer} is not held here")
-            if len(x) == 1:
-                part = product(source).float().mul_(flat_weights[places[0]])
-                total = part if total is None else total.add_(part)
-                continue
+                if expert not in held.packed:
+                    raise _not_held(expert, layer)
+                product = held.products[expert] = _TorchExpert(*held.packed[expert], self.device)
             place = torch.tensor(places, device=self.device)
             rows = place // k
             part = product(source[rows]).float().mul_(flat_weights[place].unsqueeze(-1))
-            if total is None:
-                total = torch.zeros(x.shape, dtype=torch.float32, device=self.device)
             total.index_add_(0, rows, part)
-        if total is None:
-            return torch.zeros(x.shape, dtype=out_dtype, device=x.device)
-        return total.to(x.device, out_dtype)
+        return total
 
 
 class LocalExperts:
@@ -186,6 +205,10 @@ class _Ready(Generic[T]):
     def __await__(self) -> Generator[None, None, T]:
         return self.value
         yield
+
+
+def _not_held(expert: int, layer: int) -> PlacementError:
+    return PlacementError(f"expert {expert} of layer {layer} is not held here")
 
 
 def _by_expert(top_k_index: Tensor) -> dict[int, list[int]]:

@@ -25,14 +25,16 @@ from splitinfer.model.attention import Block, Rotation, attend, plan_blocks, rot
 from splitinfer.model.cache import KVCache
 from splitinfer.model.compute import compute
 from splitinfer.model.config import ModelConfig
-from splitinfer.model.dense import linear
 from splitinfer.model.experts import Experts
+from splitinfer.model.linear import Linear
+from splitinfer.model.native import DTYPES, kernels
+from splitinfer.model.quantize import Packed, QuantConfig, format_of, quantize
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
 __all__ = ["Gemma", "Segment"]
 
-Linear = Callable[[Tensor], Tensor]  # [rows, in] to [rows, out], in whatever format the weights are
+Norm = Callable[[Tensor], Tensor]
 
 
 class Segment(NamedTuple):
@@ -59,7 +61,7 @@ class _Part(NamedTuple):
     hi: int
     start: int
     cache: KVCache
-    blocks: dict[str, list[Block]]  # by layer type
+    blocks: dict[str, list[Block]]  # by layer type; empty where the kernels attend
 
 
 class _Step(NamedTuple):
@@ -80,19 +82,31 @@ class _Step(NamedTuple):
 class _Weights:
     """Takes one prefix's tensors from a checkpoint, in the format that the arithmetic wants."""
 
-    def __init__(self, checkpoint: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prefix: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        quant: QuantConfig,
+    ) -> None:
         self.checkpoint = checkpoint
         self.prefix = prefix
         self.device = device
         self.dtype = dtype
+        self.quant = quant
 
     def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.checkpoint.tensor(self.prefix + name).to(self.device, dtype or self.dtype)
 
-    def linear(self, name: str) -> Linear:
-        return partial(linear, weight=self.plain(name + ".weight"))
+    def packed(self, name: str, format: str | None) -> Packed:
+        return self.checkpoint.matrix(self.prefix + name + ".weight", format or format_of(self.dtype))
 
-    def norm(self, name: str) -> Linear:
+    def linear(self, format: str | None, *names: str) -> Linear:
+        """Matrices that share their input, as one product."""
+        return Linear(*(self.packed(name, format) for name in names), device=self.device)
+
+    def norm(self, name: str) -> Norm:
         """RMSNorm in float32 with one rounding to x's dtype, as the reference computes it."""
         weight = self.plain(name + ".weight", torch.float32)
         return partial(_norm, weight=weight, eps=self.checkpoint.config.rms_norm_eps)
@@ -109,23 +123,27 @@ class _Attention:
         shape = config.attention[layer]
         self.layer = layer
         self.kind = shape.layer_type
+        self.window = shape.window
         self.heads = config.num_attention_heads
         self.kv_heads = shape.num_key_value_heads
         self.head_dim = shape.head_dim
         self.eps = config.rms_norm_eps
         projections = ["q_proj", "k_proj"] if shape.k_eq_v else ["q_proj", "k_proj", "v_proj"]
         self.k_eq_v = shape.k_eq_v
-        self.projections = [weights.linear(f"self_attn.{name}") for name in projections]
+        self.projections = weights.linear(
+            weights.quant.attention, *(f"self_attn.{name}" for name in projections)
+        )
         q_norm = weights.plain("self_attn.q_norm.weight", torch.float32)
         k_norm = weights.plain("self_attn.k_norm.weight", torch.float32)
         # One factor per head for queries and keys together [N + V, D]: one product where there would be two.
         self.qk_scale = torch.cat((q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)))
-        self.output = weights.linear("self_attn.o_proj")
+        self.output = weights.linear(weights.quant.attention, "self_attn.o_proj")
+        self.kernels = kernels() if weights.device.type == "cpu" and weights.dtype in DTYPES else None
 
     def __call__(self, x: Tensor, step: _Step) -> Tensor:
         """x [rows, H] to [rows, H]; appends to every part's cache."""
-        projected = torch.cat([projection(x) for projection in self.projections], dim=-1)
-        heads = projected.float().view(len(x), -1, self.head_dim)  # N + V + V, or N + V where keys are values
+        projected = self.projections(x, torch.float32)
+        heads = projected.view(len(x), -1, self.head_dim)  # N + V + V, or N + V where keys are values
         normed = F.rms_norm(heads, (self.head_dim,), None, self.eps)
         both = self.heads + self.kv_heads
         turned = step.rotations[self.kind].apply(normed[:, :both] * self.qk_scale).to(x.dtype)
@@ -140,7 +158,10 @@ class _Attention:
                 values[part.lo : part.hi].transpose(0, 1),
             )
             queries = turned[part.lo : part.hi, : self.heads]
-            attended.append(attend(queries, keys, seen_values, part.blocks[self.kind]))
+            if self.kernels is not None:
+                attended.append(self.kernels.attend(queries, keys, seen_values, self.window))
+            else:
+                attended.append(attend(queries, keys, seen_values, part.blocks[self.kind]))
         return self.output(attended[0] if len(attended) == 1 else torch.cat(attended))
 
 
@@ -148,12 +169,12 @@ class _Mlp:
     """The gated feed-forward network that every row passes."""
 
     def __init__(self, weights: _Weights) -> None:
-        self.gate = weights.linear("mlp.gate_proj")
-        self.up = weights.linear("mlp.up_proj")
-        self.down = weights.linear("mlp.down_proj")
+        self.gate_up = weights.linear(weights.quant.dense, "mlp.gate_proj", "mlp.up_proj")
+        self.down = weights.linear(weights.quant.dense, "mlp.down_proj")
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.gate(x), approximate="tanh").mul_(self.up(x)))
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.gelu(gate, approximate="tanh").mul_(up))
 
 
 class _Router:
@@ -162,13 +183,14 @@ class _Router:
     def __init__(self, weights: _Weights, config: ModelConfig) -> None:
         self.top_k = config.top_k_experts
         scale = weights.plain("router.scale", torch.float32) * config.hidden_size**-0.5
-        self.proj = weights.plain("router.proj.weight", torch.float32) * scale  # [E, H]
+        proj = weights.plain("router.proj.weight", torch.float32) * scale  # [E, H]
+        self.proj = Linear(quantize(proj, "float32"), device=weights.device)
         self.per_expert_scale = weights.plain("router.per_expert_scale", torch.float32)
 
     def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """normed [rows, H] float32 (RMS norm without weight) to index and weights, both [rows, K]."""
         # The reference normalises K of E softmax terms: the same as a softmax over the K.
-        scores, index = torch.topk(F.linear(normed, self.proj), self.top_k, dim=-1)
+        scores, index = torch.topk(self.proj(normed), self.top_k, dim=-1)
         return index, torch.softmax(scores, dim=-1) * self.per_expert_scale[index]
 
 
@@ -237,7 +259,12 @@ class Gemma:
     """The text model without its experts' weights: those are reached through `experts`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, experts: Experts | None, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        experts: Experts | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        quant: QuantConfig,
     ) -> None:
         config = checkpoint.config
         if config.enable_moe_block and experts is None:
@@ -246,18 +273,20 @@ class Gemma:
         self.experts = experts
         self.device = device
         self.dtype = dtype
-        weights = _Weights(checkpoint, "", device, dtype)
-        self._embedding = weights.plain("embed_tokens.weight")
+        weights = _Weights(checkpoint, "", device, dtype, quant)
+        self._norm = weights.norm("norm")
+        tied = config.tie_word_embeddings
+        head = weights.packed("embed_tokens" if tied else "lm_head", quant.lm_head)
+        self._head = Linear(head, device=device)
+        shared = tied and quant.embeddings in (None, quant.lm_head)
+        self._embedding = head if shared else weights.packed("embed_tokens", quant.embeddings)
         # The reference rounds the factor to the weights' dtype: 53.0 for 53.07 in bfloat16.
         self._embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=dtype))
-        self._norm = weights.norm("norm")
-        self._head = partial(linear, weight=self._embedding)
-        if not config.tie_word_embeddings:
-            self._head = partial(linear, weight=weights.plain("lm_head.weight"))
         self._layers = [
-            _Layer(_Weights(checkpoint, f"layers.{i}.", device, dtype), config, i)
+            _Layer(_Weights(checkpoint, f"layers.{i}.", device, dtype, quant), config, i)
             for i in range(config.num_hidden_layers)
         ]
+        self._masks = device.type != "cpu" or dtype not in DTYPES or kernels() is None
         self._kinds = {attention.layer_type: attention for attention in config.attention}
         self._frequencies = {k: rotary_frequencies(attention, device) for k, attention in self._kinds.items()}
 
@@ -269,10 +298,15 @@ class Gemma:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        quant: QuantConfig | None = None,
     ) -> Gemma:
-        """Everything but the experts, from the mapped checkpoint. `dtype` None computes in the stored one."""
+        """Everything but the experts, from the mapped checkpoint. `dtype` None computes in the stored one.
+
+        `quant` says which parts to convert; the experts' format is their bank's affair.
+        """
         with torch.inference_mode():
-            return cls(checkpoint, experts, torch.device(device), dtype or checkpoint.dtype)
+            dtype = dtype or checkpoint.dtype
+            return cls(checkpoint, experts, torch.device(device), dtype, quant or QuantConfig())
 
     def new_cache(self) -> KVCache:
         """An empty cache of this model's shapes, on its device."""
@@ -304,7 +338,7 @@ class Gemma:
         """Soft-capped logits [rows, vocab_size] float32 of final hidden states [rows, H]."""
         start = perf_counter()
         with torch.inference_mode():
-            logits = self._head(hidden).float()
+            logits = self._head(hidden, torch.float32)
             cap = self.config.final_logit_softcapping
             if cap is not None:
                 logits = logits.div_(cap).tanh_().mul_(cap)
@@ -331,7 +365,8 @@ class Gemma:
         return await compute(rows, layer.combine, to.residual, dense, moe.to(self.device), step)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self._embedding) * self._embedding_scale
+        rows = self._embedding.widen(token_ids.cpu()).to(self.device, self.dtype)
+        return rows * self._embedding_scale
 
     def _token_ids(self, segments: Sequence[Segment]) -> Tensor:
         if not segments or not all(len(segment.token_ids) for segment in segments):
@@ -354,7 +389,7 @@ class Gemma:
         for (cache, start), segment in zip(starts, segments, strict=True):
             n = len(segment.token_ids)
             blocks = {}
-            for kind, shape in self._kinds.items():
+            for kind, shape in self._kinds.items() if self._masks else ():
                 group = self.config.num_attention_heads // shape.num_key_value_heads
                 blocks[kind] = plan_blocks(start, n, shape.window, group, self.dtype, self.device)
             parts.append(_Part(lo, lo + n, start, cache, blocks))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from splitinfer.model.dense import linear
 from splitinfer.model.native import DTYPES, FORMAT_CODES, Kernels, Matrix, kernels
 from splitinfer.model.quantize import GROUP, Packed
 
@@ -40,15 +41,16 @@ class Linear:
         self._matrices = (Matrix * len(parts))(*map(matrix_of, parts))
         self._fallback: list[_TorchLinear] = []
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """The result has x's dtype, or `out_dtype` if given: float32 spares a rounding."""
         if self._kernels is None:
             if not self._fallback:
                 self._fallback = [_TorchLinear(part, x.dtype, self._device) for part in self.parts]
             outs = [part(x) for part in self._fallback]
-            return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+            return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)).to(out_dtype or x.dtype)
         if x.dtype not in DTYPES:
-            return self(x.float()).to(x.dtype)
-        out = torch.empty((len(x), self.out_features), dtype=x.dtype)
+            return self(x.float()).to(out_dtype or x.dtype)
+        out = torch.empty((len(x), self.out_features), dtype=out_dtype or x.dtype)
         return self._kernels.product(self._matrices, x.contiguous(), out)
 
 
@@ -85,7 +87,7 @@ class _TorchLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.kind == "dense":
-            return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+            return linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
         if self.kind == "int8":
             out: Tensor = torch.ops.aten._weight_int8pack_mm(x.to(self.dtype), self.weight, self.scales)
             return out.to(x.dtype)

@@ -68,6 +68,12 @@ class MappedFile:
             raw = raw.clone()
         return raw.view(dtype).view(entry.shape)
 
+    def release(self, name: str) -> None:
+        """Lets the tensor's pages go: they come back from the file when they are read again."""
+        entry = self.entries[name]
+        begin = entry.begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapping.madvise(mmap.MADV_DONTNEED, begin, entry.end - begin)
+
     def sample(self, name: str, nbytes: int, count: int) -> bytes:
         """`count` windows of `nbytes` spread over the tensor; read past the mapping, nothing stays."""
         entry = self.entries[name]
@@ -120,10 +126,10 @@ class MappedFile:
         return TensorEntry(dtype, tuple(shape), start + begin, start + end)
 
     def _map(self, fd: int) -> torch.Tensor:
-        mapping = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        self._mapping = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():  # torch warns that the buffer is read-only: that is the point
             warnings.simplefilter("ignore", UserWarning)
-            return torch.frombuffer(mapping, dtype=torch.uint8)
+            return torch.frombuffer(self._mapping, dtype=torch.uint8)
 
 
 def _sizes(value: object) -> list[int] | None:

@@ -15,7 +15,7 @@ Both fill memory exactly as they lie in a shard's file, so a file can be mapped 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ __all__ = [
     "FORMATS",
     "GROUP",
     "Packed",
+    "QuantConfig",
+    "format_of",
+    "natural_format",
     "pack_int4",
     "pack_int8",
     "packed_nbytes",
@@ -38,6 +41,36 @@ FORMATS = ("float32", "bfloat16", "int8", "int4")
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GROUP = 32  # columns that share a scale
 BLOCK = 16  # channels that lie side by side in int4
+PIECE = 1 << 24  # weights that are quantised at a time: bounds the memory that takes
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The format of each part's weights, one of FORMATS; None keeps them as they are stored.
+
+    `dense` is the feed-forward network beside the experts. Norms and the router stay in floating point.
+    """
+
+    experts: str | None = None
+    attention: str | None = None
+    dense: str | None = None
+    embeddings: str | None = None
+    lm_head: str | None = None
+
+    @classmethod
+    def of(cls, quant: str | None = None, **parts: str | None) -> QuantConfig:
+        """`quant` is the experts' format. The other parts, unless named, take int8 where that is int8 or
+        int4: they are a tenth of the weights, and more of the quality. Raises UsageError for unknown ones.
+        """
+        rest = "int8" if quant in ("int8", "int4") else quant
+        chosen = {name: parts.get(name) or (quant if name == "experts" else rest) for name in QUANT_PARTS}
+        for format in chosen.values():
+            if format is not None:
+                _known(format)
+        return cls(**chosen)
+
+
+QUANT_PARTS = ("experts", "attention", "dense", "embeddings", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -105,6 +138,17 @@ def packed_nbytes(format: str, out_features: int, in_features: int, group: int =
     return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in shapes)
 
 
+def natural_format(dtype: torch.dtype) -> str:
+    """The format that keeps weights of `dtype` as they are (float16 has no product here: it is widened)."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
+
+
+def format_of(dtype: torch.dtype | None) -> str | None:
+    """The weights' format when all is to be computed in `dtype` and nothing else was asked for. Computing in
+    float32 does not widen weights: that would only cost memory."""
+    return "bfloat16" if dtype == torch.bfloat16 else None
+
+
 def quantize(weight: Tensor, format: str) -> Packed:
     """The matrix `weight` [out, in] in that format, to the nearest step of scales rounded beforehand.
 
@@ -114,6 +158,9 @@ def quantize(weight: Tensor, format: str) -> Packed:
     if _known(format) in FLOATS:
         out_features, in_features = weight.shape
         return Packed(format, out_features, in_features, 0, weight.to(FLOATS[format]).contiguous())
+    rows = max(1, PIECE // weight.shape[1] // BLOCK) * BLOCK
+    if len(weight) > rows:
+        return _joined([quantize(piece, format) for piece in torch.split(weight, rows)], weight.shape[0])
     if format == "int8":
         wide = weight.float()
         scales = _scale(wide.abs().amax(dim=1, keepdim=True) / 127)
@@ -155,6 +202,14 @@ def pack_int4(nibbles: Tensor, factors: Tensor, offsets: Tensor, in_features: in
         words.view(-1, BLOCK, words.shape[1]).transpose(1, 2).contiguous(),
         scales.view(-1, BLOCK, scales.shape[1], 2).permute(0, 2, 3, 1).contiguous(),
     )
+
+
+def _joined(pieces: list[Packed], out_features: int) -> Packed:
+    """Pieces of whole blocks as one matrix."""
+    first = pieces[0]
+    weight = torch.cat([piece.weight for piece in pieces])
+    scales = torch.cat([piece.scales for piece in pieces if piece.scales is not None])
+    return replace(first, out_features=out_features, weight=weight, scales=scales)
 
 
 def _known(format: str) -> str:

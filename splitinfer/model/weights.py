@@ -18,6 +18,7 @@ import torch
 from splitinfer.errors import CheckpointError, UnsupportedModelError, UsageError
 from splitinfer.model.config import ModelConfig, load_config, read_json
 from splitinfer.model.mapped import DTYPES, MappedFile, TensorEntry
+from splitinfer.model.quantize import Packed, natural_format, quantize
 
 __all__ = ["Checkpoint", "canonical_name", "expected_tensors"]
 
@@ -139,6 +140,35 @@ class Checkpoint:
             )
         prefix = f"layers.{layer}.experts."
         return self.tensor(prefix + "gate_up_proj")[lo:hi], self.tensor(prefix + "down_proj")[lo:hi]
+
+    def matrix(self, name: str, format: str | None = None) -> Packed:
+        """The tensor [out, in] in a weight format; None: as it is stored. `name` as in `tensor`."""
+        tensor = self.tensor(name)
+        packed = quantize(tensor, format or natural_format(tensor.dtype))
+        if packed.weight.data_ptr() != tensor.data_ptr():
+            self._release(name)
+        return packed
+
+    def experts(
+        self, layer: int, lo: int, hi: int, format: str | None = None
+    ) -> Iterator[tuple[Packed, Packed]]:
+        """gate_up_proj [2*I, H] and down_proj [H, I] of experts lo..hi-1, one expert at a time.
+
+        `format` and errors as in `matrix` and `expert_slice`; the file's pages do not stay where the
+        weights were converted.
+        """
+        parts = self.expert_slice(layer, lo, hi)
+        chosen = format or natural_format(parts[0].dtype)
+        for gate_up, down in zip(*parts, strict=True):
+            packed = quantize(gate_up, chosen), quantize(down, chosen)
+            if packed[0].weight.data_ptr() != gate_up.data_ptr():
+                self._release(f"layers.{layer}.experts.gate_up_proj")
+                self._release(f"layers.{layer}.experts.down_proj")
+            yield packed
+
+    def _release(self, name: str) -> None:
+        file, stored = self._find(name)
+        file.release(stored)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -19,6 +19,8 @@ from splitinfer.errors import UsageError
 from splitinfer.model.cache import KVCache
 from splitinfer.model.experts import ExpertBank, LocalExperts
 from splitinfer.model.gemma import Gemma, Segment
+from splitinfer.model.native import kernels
+from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline
 from tests.checkpoints import tiny_config, transformers_checkpoint, write_checkpoint
@@ -245,7 +247,7 @@ def test_timeline_has_every_phase_of_every_layer(tiny: Gemma) -> None:
 
 def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     """The same weights in the dtype of real checkpoints: no dtype mismatch anywhere, and the same answer."""
-    path = write_checkpoint(tmp_path / "model", tiny_config(dtype="bfloat16"))
+    path = write_checkpoint(tmp_path / "model", tiny_config(dtype="bfloat16"), seed=1)
     half, ids = load(path), prompt(40)
     checkpoint = Checkpoint.open(path)
     everything = {layer: range(11) for layer in range(4)}
@@ -283,3 +285,36 @@ def test_on_a_gpu(tiny: Gemma, tmp_path: Path) -> None:
     ids = prompt(60)
     found = asyncio.run(run(model, ids, [50, 1, 9])).cpu()
     torch.testing.assert_close(found, asyncio.run(run(tiny, ids, [50, 1, 9])), atol=1e-3, rtol=0)
+
+
+def load_as(path: Path, format: str | None) -> Gemma:
+    """All parts in one format."""
+    checkpoint = Checkpoint.open(path)
+    everything = {layer: range(11) for layer in range(checkpoint.config.num_hidden_layers)}
+    bank = ExpertBank(checkpoint, everything, format=format)
+    quant = QuantConfig(format, format, format, format, format)
+    return Gemma.load(checkpoint, LocalExperts(bank), quant=quant)
+
+
+@pytest.mark.skipif(kernels() is None, reason="the kernels could not be built here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", [None, "bfloat16", "int8", "int4"])
+def test_rows_do_not_see_their_neighbours(tmp_path: Path, dtype: str, format: str | None) -> None:
+    """Bit for bit: one prefill, tokens one by one, verify windows, other sequences beside, more threads."""
+    model = load_as(write_checkpoint(tmp_path / "model", tiny_config(dtype=dtype)), format)
+    ids = prompt(70)
+    alone = asyncio.run(run(model, ids, [1] * 70))
+    assert torch.equal(asyncio.run(run(model, ids, [70])), alone)
+    assert torch.equal(asyncio.run(run(model, ids, [53, 1, 2, 3, 4, 7])), alone)
+
+    async def beside_another() -> Tensor:
+        kv = model.new_cache()
+        segments = [Segment(prompt(9, seed=2), model.new_cache()), Segment(ids, kv)]
+        return model.logits(await model.forward(segments))[9:]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(asyncio.run(beside_another()), alone)
+    finally:
+        torch.set_num_threads(threads)

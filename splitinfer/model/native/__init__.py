@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitinfer.errors import CapacityError, ConfigError, PlacementError
+from splitinfer.errors import CapacityError, ConfigError
 
 __all__ = ["FORMAT_CODES", "Kernels", "Matrix", "kernels"]
 
@@ -65,8 +65,7 @@ class Kernels:
         self._product.argtypes = [pointer, integer, pointer, integer, size, pointer, integer, integer]
         self._experts = library.splitinfer_experts
         self._experts.argtypes = [pointer, pointer, size, pointer, integer, size, pointer, pointer, size]
-        self._experts.argtypes += [pointer, integer, integer]
-        self._experts.restype = ctypes.c_int64
+        self._experts.argtypes += [pointer, integer, pointer, integer]
         self._attend = library.splitinfer_attend
         self._attend.argtypes = [pointer, pointer, pointer, pointer, integer, *[size] * 7, integer]
 
@@ -91,19 +90,20 @@ class Kernels:
     ) -> Tensor:
         """Weighted sum [rows, H] of the experts that index [rows, K] int64 names; weights float32.
 
-        Raises PlacementError for an expert without a matrix; -1 is left out.
+        -1 is left out. Raises KeyError, with the expert, for one without a matrix.
         """
         if index.dtype != torch.int64 or weights.dtype != torch.float32:
             raise TypeError(f"top_k_index is {index.dtype}, top_k_weights {weights.dtype}")
+        wrong = ctypes.c_int64()
         failed = self._experts(
             ctypes.addressof(gate_up), ctypes.addressof(down), len(gate_up), x.data_ptr(), _bfloat16(x),
             len(x), index.data_ptr(), weights.data_ptr(), index.shape[-1], out.data_ptr(), _bfloat16(out),
-            torch.get_num_threads(),
+            ctypes.addressof(wrong), torch.get_num_threads(),
         )  # fmt: skip
         if failed == -1:
             raise _no_memory(len(x))
         if failed:
-            raise PlacementError(f"expert {-2 - failed} is not held here")
+            raise KeyError(wrong.value)
         return out
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
@@ -117,8 +117,9 @@ class Kernels:
         out = torch.empty((rows, heads * size), dtype=queries.dtype)
         if keys.dtype != queries.dtype or values.dtype != queries.dtype or keys.stride() != values.stride():
             raise TypeError(f"queries {queries.dtype}, keys {keys.dtype}, values {values.dtype}")
+        queries = queries.contiguous()
         failed = self._attend(
-            queries.contiguous().data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+            queries.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             _bfloat16(queries), rows, heads, kv_heads, size, seen, keys.stride(0), window or 0,
             torch.get_num_threads(),
         )  # fmt: skip

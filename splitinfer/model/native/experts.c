@@ -32,14 +32,17 @@ static int make_plan(Plan *p, const Matrix *gate_up, const Matrix *down, int64_t
     return 0;
 }
 
-/* Sorts places by expert, keeping the order of rows; returns how many experts are used, or minus one less
-   the first expert that is not held. */
+/* Sorts places by expert, keeping the order of rows; returns how many experts are used, or -1 with the first
+   expert that is not held in `wrong`. */
 static int64_t sort_places(Plan *p, const Matrix *gate_up, int64_t experts, const int64_t *index,
-                           int64_t places, int64_t k) {
+                           int64_t places, int64_t k, int64_t *wrong) {
     memset(p->begin, 0, (size_t)(experts + 1) * 4);
     for (int64_t i = 0; i < places; i++) {
         if (index[i] == -1) continue;
-        if (index[i] < 0 || index[i] >= experts || !gate_up[index[i]].weight) return -2 - index[i];
+        if (index[i] < 0 || index[i] >= experts || !gate_up[index[i]].weight) {
+            *wrong = index[i];
+            return -1;
+        }
         p->begin[index[i] + 1]++;
     }
     int64_t used = 0;
@@ -112,20 +115,20 @@ static void down_and_sum(const Plan *p, const Matrix *matrices, int64_t n, int64
 /* out [rows, H] = sum over k of weights[row, k] * expert index[row, k] (x [rows, H]), an index of -1 left out.
    `gate_up` and `down` are tables of `experts` matrices, [2 I, H] and [H, I], all of one format each; without
    a weight where the expert is not held. Sums by ascending expert. x and out are float32 or bfloat16.
-   Returns 0, -1 without memory, or minus two less the first expert that is not held. */
-int64_t splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t experts, const void *x,
-                           int x_bfloat16, int64_t rows, const int64_t *index, const float *weights, int64_t k,
-                           void *out, int out_bfloat16, int threads) {
+   Returns 0, -1 without memory, or 1 with the first expert that is not held in `wrong`. */
+int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t experts, const void *x,
+                       int x_bfloat16, int64_t rows, const int64_t *index, const float *weights, int64_t k,
+                       void *out, int out_bfloat16, int64_t *wrong, int threads) {
     const Matrix *first = gate_up;
     while (!first->weight && first < gate_up + experts - 1) first++;
     const Matrix *second = down + (first - gate_up);
     const int64_t places = rows * k, width = first->k;
     Plan plan;
     if (make_plan(&plan, first, second, experts, rows, places)) return -1;
-    const int64_t used = sort_places(&plan, gate_up, experts, index, places, k);
+    const int64_t used = sort_places(&plan, gate_up, experts, index, places, k, wrong);
     if (used < 0) {
         free(plan.memory);
-        return used;
+        return 1;
     }
     const int64_t held = plan.begin[experts], pieces = plan.piece[used] * units_of(first->n);
     int failed = 0;
