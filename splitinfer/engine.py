@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -14,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from splitinfer import transport
 from splitinfer.dispatch import NodeInfo, RemoteExperts
+from splitinfer.drafting import Count, Decoder, check_depth, choose_drafter
+from splitinfer.engine_config import EngineConfig, known_options
 from splitinfer.errors import UsageError
 from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
 from splitinfer.model.cache import KVCache
@@ -34,20 +34,6 @@ Prompt = str | Sequence[int]
 
 PREFILL_ROWS = 512  # rows of one prefill step: bounds memory and the size of an expert call
 DEFAULT_MAX_TOKENS = 256
-DEFAULT_CONTEXT = 8192  # tokens; a checkpoint may promise 262,144, whose cache few machines hold
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How to run a model. `context` is in tokens (None: what the model allows, at most `DEFAULT_CONTEXT`),
-    `timeout` is the deadline of one expert call in seconds."""
-
-    device: str = "cpu"
-    dtype: str | None = None
-    threads: int | None = None
-    context: int | None = None
-    timeout: float = 60.0
-    transport: transport.ClientConfig | None = None
 
 
 class AsyncEngine:
@@ -77,10 +63,11 @@ class AsyncEngine:
             raise UsageError("nodes takes a list of addresses", remedy=f"Write nodes=[{nodes!r}].")
         self._model_name = model
         self._addresses = tuple(nodes or ())
-        self.settings = config or EngineConfig(**_known(EngineConfig, settings))
+        self.settings = config or EngineConfig(**known_options(EngineConfig, settings))
         self._checkpoint: Checkpoint | None = None
         self._experts: RemoteExperts | None = None
         self._gemma: Gemma | None = None
+        self._draft_depth = check_depth(self.settings.draft_depth)
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -96,7 +83,7 @@ class AsyncEngine:
             None, lambda: Checkpoint.open(resolve_model(self._model_name))
         )
         config = self.config
-        self.context = _context(self.settings.context, config)
+        self.context = self.settings.context_of(config)
         self.tokenizer = await loop.run_in_executor(None, Tokenizer.open, self.checkpoint.path)
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
@@ -122,9 +109,11 @@ class AsyncEngine:
             await experts.close()
 
     def _load(self) -> Gemma:
-        dtype = _dtype(self.settings.dtype)
+        dtype = self.settings.torch_dtype()
         experts = self._experts or LocalExperts(_whole_bank(self.checkpoint, dtype))
-        return Gemma.load(self.checkpoint, experts, device=self.settings.device, dtype=dtype)
+        gemma = Gemma.load(self.checkpoint, experts, device=self.settings.device, dtype=dtype)
+        self._new_drafter = choose_drafter(self.settings.draft, gemma, self.checkpoint.path)
+        return gemma
 
     @property
     def config(self) -> ModelConfig:
@@ -172,7 +161,7 @@ class AsyncEngine:
         completion and are not part of it; `ignore_eos` goes on after an end-of-sequence token, for
         measurements; `sampling` are the fields of `SamplingParams` (temperature 0, the default, is greedy).
         """
-        params = SamplingParams(**_known(SamplingParams, sampling))
+        params = SamplingParams(**known_options(SamplingParams, sampling))
         run = _Generation(self, self.encode(prompt), max_tokens, stop, ignore_eos, params)
         async with aclosing(run.pieces()) as pieces:
             async for piece in pieces:
@@ -214,6 +203,22 @@ class AsyncEngine:
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
         return self.model.new_cache()
+
+    def decoder(
+        self, cache: KVCache, ids: list[int], hidden: torch.Tensor, sampler: Sampler, timeline: Timeline
+    ) -> Decoder:
+        """What continues a sequence whose `ids` are in `cache`, with this engine's drafter."""
+        drafter = self._new_drafter() if self._new_drafter is not None else None
+        return Decoder(
+            self.model,
+            cache,
+            ids,
+            hidden,
+            sampler=sampler,
+            timeline=timeline,
+            drafter=drafter,
+            depth=self._draft_depth,
+        )
 
     async def prefill(
         self, ids: Sequence[int], cache: KVCache, timeline: Timeline | None = None
@@ -261,40 +266,33 @@ class _Generation:
         self._max_tokens = max_tokens
         self._stops = StopStrings(stop)
         self._sampler = Sampler(params)
-        self._decoder: StreamDecoder | None = engine.tokenizer.stream() if engine.tokenizer else None
+        self._text_of: StreamDecoder | None = engine.tokenizer.stream() if engine.tokenizer else None
         eos_ids = engine.tokenizer.eos_ids if engine.tokenizer else engine.config.eos_token_ids
         self._eos = frozenset(() if ignore_eos else eos_ids)
         self._prefill, self._decode = Timeline(), Timeline()
         self._ids: list[int] = []
-        self._seen = list(prompt)  # what a repetition penalty looks at
+        self._seen = list(prompt)
         self._text: list[str] = []
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The completion in pieces, the last with everything."""
-        engine, model, cache = self._engine, self._engine.model, self._engine.new_cache()
+        """The completion in pieces, one for each token, the last with everything."""
+        engine, cache = self._engine, self._engine.new_cache()
         traffic, started = engine.traffic(), perf_counter()
         async for block in engine.prefill(self._prompt, cache, self._prefill):
-            hidden = block
-        token = self._sample(model, hidden, self._prefill)
-        first = perf_counter()
+            hidden = block[-1:]
+        decoder = engine.decoder(cache, self._seen, hidden, self._sampler, self._decode)
+        tokens, first = [decoder.first()], perf_counter()
         while True:
-            text, reason = self._take(token)
-            self._text.append(text)
-            if reason is not None:
-                break
-            yield Piece(text, (token,))
-            hidden = await model.forward([Segment(torch.tensor([token]), cache)], timeline=self._decode)
-            token = self._sample(model, hidden, self._decode)
-        yield Piece(text, (token,), self._completion(reason, traffic, started, first))
-
-    def _sample(self, model: Gemma, hidden: torch.Tensor, timeline: Timeline) -> int:
-        start = perf_counter()
-        logits = model.logits(hidden[-1:])[0]
-        middle = perf_counter()
-        token = self._sampler(logits, len(self._ids), self._seen)
-        timeline.add("head", -1, start, middle)
-        timeline.add("sampling", -1, middle, perf_counter())
-        return token
+            for token in tokens:
+                text, reason = self._take(token)
+                self._text.append(text)
+                if reason is not None:
+                    yield Piece(
+                        text, (token,), self._completion(reason, traffic, started, first, decoder.count)
+                    )
+                    return
+                yield Piece(text, (token,))
+            tokens = await decoder.step(self._max_tokens - len(self._ids))
 
     def _take(self, token: int) -> tuple[str, StopReason | None]:
         """Add a token: the text that can be shown because of it, and why to stop here (None: go on)."""
@@ -304,21 +302,26 @@ class _Generation:
         text = ""
         if token in self._eos:
             reason = "eos"
-        elif self._decoder is not None:
-            text = self._stops.feed(self._decoder.push(token))
+        elif self._text_of is not None:
+            text = self._stops.feed(self._text_of.push(token))
         if self._stops.found:
             return text, "stop"
         if reason is None and len(self._ids) == self._max_tokens:
             reason = "length"
-        if reason is not None and self._decoder is not None:
-            text += self._stops.feed(self._decoder.flush())
+        if reason is not None and self._text_of is not None:
+            text += self._stops.feed(self._text_of.flush())
             if self._stops.found:
                 return text, "stop"
             text += self._stops.flush()
         return text, reason
 
     def _completion(
-        self, reason: StopReason, traffic: tuple[int, int, int], started: float, first: float
+        self,
+        reason: StopReason,
+        traffic: tuple[int, int, int],
+        started: float,
+        first: float,
+        drafts: Count,
     ) -> Completion:
         now = perf_counter()
         sent, received, calls = (b - a for a, b in zip(traffic, self._engine.traffic(), strict=True))
@@ -330,7 +333,9 @@ class _Generation:
             text="".join(self._text),
             token_ids=tuple(self._ids),
             stop_reason=reason,
-            usage=Usage(len(self._prompt), len(self._ids), sent, received, calls),
+            usage=Usage(
+                len(self._prompt), len(self._ids), sent, received, calls, drafts.drafted, drafts.accepted
+            ),
             timings=Timings(
                 ttft=first - started,
                 total=now - started,
@@ -353,32 +358,3 @@ def _whole_bank(checkpoint: Checkpoint, dtype: torch.dtype | None) -> ExpertBank
 
 def _not_open() -> UsageError:
     return UsageError("the engine is not open", remedy="Use it as `with splitinfer.load(...) as engine:`.")
-
-
-def _known(kind: type, options: dict[str, Any]) -> dict[str, Any]:
-    """`options`, or a `UsageError` naming the one that `kind` (a dataclass) does not have."""
-    names = [field.name for field in fields(kind)]
-    for name in options:
-        if name not in names:
-            raise UsageError(f"there is no option {name!r}", remedy=f"Choose among {', '.join(names)}.")
-    return options
-
-
-def _context(asked: int | None, config: ModelConfig) -> int:
-    limit = config.max_position_embeddings
-    if asked is None:
-        return min(limit, DEFAULT_CONTEXT)
-    if not 1 <= asked <= limit:
-        raise UsageError(
-            f"a context of {asked} tokens is not possible", remedy=f"This model takes 1 to {limit}."
-        )
-    return asked
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    if name not in ("float32", "bfloat16"):
-        raise UsageError(f"cannot compute in dtype {name!r}", remedy="Choose float32 or bfloat16.")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

@@ -15,13 +15,16 @@ StopReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class Usage:
-    """What a completion cost. Bytes and calls are those on the wire while it ran, headers included."""
+    """What a completion cost. Bytes and calls are those on the wire while it ran, headers included.
+    `drafted_tokens` were verified as guesses, `accepted_tokens` of them were right."""
 
     prompt_tokens: int
     completion_tokens: int
     bytes_sent: int = 0
     bytes_received: int = 0
     calls: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

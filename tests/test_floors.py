@@ -5,7 +5,8 @@ Each room may import what stands on the same line or below it:
     cli
     blocking  serve                 for people and programs
     engine
-    dispatch  node                  split execution, client half and server half
+    engine_config
+    dispatch  node  drafting        split execution: client, server; several tokens per step
     placement
     transport       model  demo     bytes and tensors | mathematics: neither knows the other
     config  errors  generation  timing
@@ -33,7 +34,9 @@ MAY_IMPORT = {
     "placement": {"errors"},
     "dispatch": GROUND | {"transport", "placement"},
     "node": GROUND | {"transport", "placement", "dispatch", "model"},
-    "engine": GROUND | {"transport", "placement", "dispatch", "model"},
+    "drafting": {"errors", "timing", "model"},
+    "engine_config": {"errors", "transport", "model"},
+    "engine": GROUND | {"transport", "placement", "dispatch", "drafting", "engine_config", "model"},
     "blocking": GROUND | {"engine", "dispatch", "model"},
 }
 TOP = {"cli", "__init__", "__main__"}

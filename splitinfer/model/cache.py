@@ -135,6 +135,15 @@ class KVCache:
         """
         return self._stores[layer].append(start, keys, values)
 
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of one layer's keys and values [kv_heads, n, head_dim]: the last n positions, all there are.
+
+        n is `length` for a full layer; for a sliding one at least the window less one, and usually more.
+        """
+        store = self._stores[layer]
+        rows = self._length - store.base
+        return store.keys[:, :rows], store.values[:, :rows]
+
     def truncate(self, length: int) -> None:
         """Forgets all but the first `length` tokens. The last ROLLBACK rows can always be taken back.
 

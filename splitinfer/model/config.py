@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from splitinfer.errors import CheckpointError, UnsupportedModelError
 
-__all__ = ["AttentionConfig", "ModelConfig", "RopeConfig", "load_config", "read_json"]
+__all__ = ["AttentionConfig", "ModelConfig", "RopeConfig", "load_config", "read_json", "read_text_config"]
 
 MODEL_TYPES = ("gemma4", "gemma4_text")
 LAYER_TYPES = ("sliding_attention", "full_attention")
@@ -156,6 +156,11 @@ def load_config(path: str | Path) -> ModelConfig:
         )
     generation = directory / "generation_config.json"
     return _Reader(file, text, outer).read(read_json(generation) if generation.is_file() else {})
+
+
+def read_text_config(file: Path, text: dict[str, Any], outer: dict[str, Any]) -> ModelConfig:
+    """A text configuration that stands inside `file` of another model. Raises as `load_config` does."""
+    return _Reader(file, text, outer).read({})
 
 
 class _Reader:

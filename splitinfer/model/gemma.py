@@ -325,7 +325,7 @@ class Gemma:
             for segment in segments:
                 starts.append((segment.cache, segment.cache.begin(len(segment.token_ids))))
             step = await compute(rows, self._plan, starts, segments, timeline)
-            x = await compute(rows, self._embed, token_ids)
+            x = await compute(rows, self.embed, token_ids)
             for layer in self._layers:
                 x = await self._layer(layer, x, step)
             return await compute(rows, self._norm, x)
@@ -364,7 +364,8 @@ class Gemma:
         moe = await routed
         return await compute(rows, layer.combine, to.residual, dense, moe.to(self.device), step)
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Scaled embeddings [rows, H], as the first layer gets them."""
         rows = self._embedding.widen(token_ids.cpu()).to(self.device, self.dtype)
         return rows * self._embedding_scale
 

@@ -1,7 +1,11 @@
 """From logits to the next token: greedy, or drawn from what temperature and filters leave.
 
-The draw for the n-th token of a reply depends on the seed and on n alone, not on how many draws came before:
-a rolled-back draft, a retried step or another sequence in the batch changes nothing.
+The randomness of the n-th token of a reply depends on the seed and on n alone, not on how many draws came
+before: a rolled-back draft, a retried step or another sequence in the batch changes nothing. It is one number
+per token of the vocabulary, and the likeliest token in the light of those is taken (the Gumbel-max method, as
+a race of exponential clocks). Two models that draw for the same n so choose the same token with probability
+at least (1 - d) / (1 + d), d their total variation distance, without knowing of each other: what lets drafts
+be verified by comparing tokens, with the very tokens of plain decoding (Daliri, Musco, Suresh 2024).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,10 +94,7 @@ class Sampler:
                 raise SplitinferError("the model's logits are not numbers")
             return token
         ids, probabilities = self._filtered(logits)
-        cumulative = probabilities.cumsum(0)
-        drawn = self._uniform(index) * float(cumulative[-1])
-        place = int(torch.searchsorted(cumulative, drawn, right=True))
-        return int(ids[min(place, len(ids) - 1)])
+        return int(ids[(self._clocks(index, ids) / probabilities).argmin()])
 
     def distribution(self, logits: Tensor, context: Sequence[int] = ()) -> Tensor:
         """The probabilities [V] float64 that tokens are drawn with; one-hot for greedy."""
@@ -134,10 +136,17 @@ class Sampler:
             weights, ids = weights[kept], ids[kept]
         return ids, weights
 
-    def _uniform(self, index: int) -> float:
-        """A number in [0, 1) of 53 random bits, from seed and index alone."""
+    def _clocks(self, index: int, ids: Tensor) -> Tensor:
+        """Exponentially distributed numbers, float64, one for each of `ids`, by seed, index and id."""
         key = self.seed.to_bytes(8, "little") + index.to_bytes(8, "little")
-        return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
+        start = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        # SplitMix64 (Steele, Lea, Flood 2014): the id-th number of the stream that begins at `start`.
+        bits = ids.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        bits ^= bits >> np.uint64(31)
+        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return torch.from_numpy(-np.log(uniform))
 
 
 def _nucleus(weights: Tensor, ids: Tensor, top_p: float) -> tuple[Tensor, Tensor]:

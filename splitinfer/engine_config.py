@@ -1,0 +1,66 @@
+"""How an engine runs a model: its settings as one dataclass, checked against the model they are for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from splitinfer import transport
+from splitinfer.errors import UsageError
+from splitinfer.model.config import ModelConfig
+
+__all__ = ["EngineConfig", "known_options"]
+
+DEFAULT_CONTEXT = 8192  # tokens; a checkpoint may promise 262,144, whose cache few machines hold
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a model. `context` is in tokens (None: what the model allows, at most `DEFAULT_CONTEXT`),
+    `timeout` is the deadline of one expert call in seconds.
+
+    `draft` guesses tokens that the model then verifies several at a time, which changes the speed and not the
+    tokens: "off", "lookup", a drafter's directory, or "auto" (the model's own drafter, else lookup).
+    `draft_depth` is the number of guesses at a time, 1 to 15, or "auto".
+    """
+
+    device: str = "cpu"
+    dtype: str | None = None
+    threads: int | None = None
+    context: int | None = None
+    timeout: float = 60.0
+    draft: str = "auto"
+    draft_depth: int | str = "auto"
+    transport: transport.ClientConfig | None = None
+
+    def torch_dtype(self) -> torch.dtype | None:
+        """`dtype` for torch. Raises UsageError for one that nobody computes in."""
+        if self.dtype is None:
+            return None
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UsageError(f"cannot compute in dtype {self.dtype!r}", remedy="Choose float32 or bfloat16.")
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def context_of(self, config: ModelConfig) -> int:
+        """The context in tokens. Raises UsageError for more than the model was made for."""
+        limit = config.max_position_embeddings
+        if self.context is None:
+            return min(limit, DEFAULT_CONTEXT)
+        if not 1 <= self.context <= limit:
+            raise UsageError(
+                f"a context of {self.context} tokens is not possible",
+                remedy=f"This model takes 1 to {limit}.",
+            )
+        return self.context
+
+
+def known_options(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, or a `UsageError` naming the one that `kind` (a dataclass) does not have."""
+    names = [field.name for field in fields(kind)]
+    for name in options:
+        if name not in names:
+            raise UsageError(f"there is no option {name!r}", remedy=f"Choose among {', '.join(names)}.")
+    return options
