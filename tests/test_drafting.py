@@ -15,6 +15,7 @@ from splitinfer import AsyncEngine, Completion
 from splitinfer.drafting import MAX_DEPTH, Decoder, Depth, check_depth
 from splitinfer.errors import CheckpointError, UsageError
 from splitinfer.model.drafter import Context
+from splitinfer.model.native import kernels
 from splitinfer.model.sampling import Sampler, SamplingParams
 from splitinfer.timing import Timeline
 from tests.checkpoints import tiny_config, write_checkpoint
@@ -79,6 +80,25 @@ def test_the_tokens_of_plain_decoding(checkpoint: Path, options: dict[str, Any],
                     assert usage.accepted_tokens == 0
 
     asyncio.run(both())
+
+
+@pytest.mark.skipif(kernels() is None, reason="PyTorch's bfloat16 products depend on the number of rows")
+def test_the_tokens_of_plain_decoding_in_bfloat16(tmp_path: Path) -> None:
+    """Bit for bit the same logits in a row of a verify step and alone, here and over nodes."""
+    model = write_checkpoint(tmp_path, tiny_config(vocab_size=132, dtype="bfloat16"))
+
+    async def run() -> None:
+        async with running(model, [("0-5", None), ("6-10", None)]) as nodes:
+            for where in (None, addresses(nodes)):
+                async with AsyncEngine(model, where, draft="off") as engine:
+                    plain = await reply(engine, temperature=0.8, seed=5)
+                async with AsyncEngine(model, where, draft_depth=5) as engine:
+                    engine._new_drafter = lambda plain=plain: Scripted(plain.token_ids, 4)
+                    drafted = await reply(engine, temperature=0.8, seed=5)
+                assert drafted.token_ids == plain.token_ids
+                assert drafted.usage.accepted_tokens > TOKENS / 2
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("options", SAMPLED, ids=str)
