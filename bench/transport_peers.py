@@ -171,7 +171,7 @@ class SplitinferTLS(Splitinfer):
         made = make_certificate(Path(tempfile.mkdtemp()))
         token = Token.generate()[1]
         server = {"tls": TLSConfig(certificate=made.certificate, key=made.key), "token": Token(token)}
-        return server, {"tls": TLSConfig(fingerprint=made.fingerprint), "token": token}
+        return server, {"tls": TLSConfig(fingerprints=(made.fingerprint,)), "token": token}
 
     async def connect(self, address: Any) -> None:
         from splitinfer.transport.security import Token

@@ -101,6 +101,8 @@ class Settings:
     `model` is a folder, a file or a hub id ("": the built-in demo model); `nodes` are addresses of expert
     nodes (none: experts on this machine); `experts` and `layers` are what a node holds, as ranges
     ("0-31,64-95"); `timeout` is in seconds and bounds every call to a node; `context` is in tokens.
+    `tls_ca` is a file, or "system" for the authorities of this machine's system. `simulate_*` put an emulated
+    link before every node ("20ms", "100mbit").
     """
 
     model: str = _setting("", _text, is_path=True)
@@ -111,6 +113,15 @@ class Settings:
     context: int | None = _setting(None, _whole(1, 1 << 24))
     timeout: float = _setting(60.0, _seconds)
     token_file: str | None = _setting(None, _text, is_path=True)
+    tls_cert: str | None = _setting(None, _text, is_path=True)
+    tls_key: str | None = _setting(None, _text, is_path=True)
+    tls_ca: str | None = _setting(None, _text, is_path=True)
+    tls_fingerprint: tuple[str, ...] = _setting((), _texts)
+    compression: str = _setting("auto", _choice("auto", "on", "off"))
+    wire_dtype: str | None = _setting(None, _choice("bfloat16", "float8_e4m3fn", "int8"))
+    simulate_rtt: str | None = _setting(None, _text)
+    simulate_jitter: str | None = _setting(None, _text)
+    simulate_bandwidth: str | None = _setting(None, _text)
     experts: str | None = _setting(None, _text)
     layers: str | None = _setting(None, _text)
     host: str = _setting("127.0.0.1", _text)

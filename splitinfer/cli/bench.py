@@ -13,6 +13,7 @@ from splitinfer import __version__
 from splitinfer.cli import options
 from splitinfer.cli.console import busy, human_size, run, screen
 from splitinfer.cli.demo import node_process
+from splitinfer.cli.link_options import reaching_nodes
 from splitinfer.cli.rtt import CallFigures, measure_calls, percentile
 from splitinfer.cli.session import client_config, model_of, name_of
 from splitinfer.config import Settings, load_settings
@@ -31,6 +32,7 @@ EPILOG = """
 """
 
 
+@reaching_nodes
 def command(
     model: options.ModelArgument = None,
     model_option: options.Model = None,
@@ -41,6 +43,8 @@ def command(
     nodes: options.Nodes = None,
     timeout: options.Timeout = None,
     token_file: options.TokenFile = None,
+    *,
+    link: dict[str, Any],
 ) -> None:
     """Measure what a link and its nodes allow.
 
@@ -55,6 +59,7 @@ def command(
             "nodes": nodes,
             "timeout": timeout,
             "token_file": token_file,
+            **link,
         }
     )
     with busy(f"opening {name_of(settings)}"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from splitinfer.cli import options
 from splitinfer.cli.console import busy, report, screen
+from splitinfer.cli.link_options import reaching_nodes
 from splitinfer.cli.session import Request, name_of, open_engine
 from splitinfer.config import Settings, load_settings
 from splitinfer.errors import SplitinferError, TokenizerError
@@ -30,6 +31,7 @@ line of standard input is a turn.
 """
 
 
+@reaching_nodes
 def command(
     model: options.ModelArgument = None,
     model_option: options.Model = None,
@@ -49,6 +51,8 @@ def command(
     context: options.Context = None,
     timeout: options.Timeout = None,
     token_file: options.TokenFile = None,
+    *,
+    link: dict[str, Any],
 ) -> None:
     """Talk to a model, with the chat template of its checkpoint."""
     settings = load_settings(
@@ -61,6 +65,7 @@ def command(
             "context": context,
             "timeout": timeout,
             "token_file": token_file,
+            **link,
         }
     )
     request = Request(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from splitinfer.cli import options
 from splitinfer.cli.console import busy, run
+from splitinfer.cli.link_options import reaching_nodes
 from splitinfer.cli.session import Request, as_json, open_async_engine, print_figures
 from splitinfer.config import Settings, load_settings
 from splitinfer.errors import UsageError
@@ -35,6 +36,7 @@ EPILOG = """
 """
 
 
+@reaching_nodes
 def command(
     prompt: Annotated[
         str | None,
@@ -59,6 +61,8 @@ def command(
     context: options.Context = None,
     timeout: options.Timeout = None,
     token_file: options.TokenFile = None,
+    *,
+    link: dict[str, Any],
 ) -> None:
     """Continue a prompt.
 
@@ -76,6 +80,7 @@ def command(
             "context": context,
             "timeout": timeout,
             "token_file": token_file,
+            **link,
         }
     )
     request = Request(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))

@@ -8,6 +8,7 @@ import typer
 
 from splitinfer.cli import options
 from splitinfer.cli.console import busy, human_size, run, screen
+from splitinfer.cli.link_options import TlsCa, TlsCert, TlsKey
 from splitinfer.cli.session import model_of, name_of, server_config
 from splitinfer.config import Settings, load_settings
 
@@ -46,6 +47,9 @@ def command(
     ] = None,
     threads: options.Threads = None,
     token_file: options.TokenFile = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_ca: TlsCa = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -67,6 +71,9 @@ def command(
             "port": port,
             "threads": threads,
             "token_file": token_file,
+            "tls_cert": tls_cert,
+            "tls_key": tls_key,
+            "tls_ca": tls_ca,
         }
     )
     run(_serve(settings, insecure=insecure))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from splitinfer import __version__
 from splitinfer.cli.console import busy, human_size, plain, screen
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from splitinfer.engine import AsyncEngine
     from splitinfer.generation import Completion
     from splitinfer.transport import ClientConfig, ServerConfig
+    from splitinfer.transport.compression import Mode
+    from splitinfer.transport.wire_dtypes import WireDtype
 
 __all__ = [
     "Request",
@@ -62,17 +64,41 @@ def model_of(settings: Settings) -> str:
 def client_config(settings: Settings) -> ClientConfig:
     """How this machine talks to nodes."""
     from splitinfer.transport import ClientConfig
+    from splitinfer.transport.certificates import TLSConfig
+    from splitinfer.transport.link import LinkSpec
     from splitinfer.transport.security import load_token
 
-    return ClientConfig(token=load_token(settings.token_file))
+    tls = None
+    if settings.tls_ca or settings.tls_fingerprint:
+        tls = TLSConfig(
+            certificate=settings.tls_cert,
+            key=settings.tls_key,
+            authorities=None if settings.tls_ca == "system" else settings.tls_ca,
+            fingerprints=settings.tls_fingerprint,
+        )
+    return ClientConfig(
+        tls=tls,
+        token=load_token(settings.token_file),
+        compression=cast("Mode", settings.compression),
+        wire_dtype=cast("WireDtype | None", settings.wire_dtype),
+        link=LinkSpec.from_options(
+            rtt=settings.simulate_rtt,
+            jitter=settings.simulate_jitter,
+            bandwidth=settings.simulate_bandwidth,
+        ),
+    )
 
 
 def server_config(settings: Settings, *, insecure: bool) -> ServerConfig:
     """How this machine listens. `insecure` lets it listen beyond itself without a token and TLS."""
     from splitinfer.transport import ServerConfig
+    from splitinfer.transport.certificates import TLSConfig
     from splitinfer.transport.security import load_token
 
-    return ServerConfig(insecure=insecure, token=load_token(settings.token_file))
+    tls = None
+    if settings.tls_cert:
+        tls = TLSConfig(settings.tls_cert, settings.tls_key, authorities=settings.tls_ca)
+    return ServerConfig(insecure=insecure, tls=tls, token=load_token(settings.token_file))
 
 
 def _arguments(settings: Settings) -> dict[str, Any]:

@@ -47,18 +47,16 @@ _CLOCK_SKEW: Final = timedelta(hours=1)
 class TLSConfig:
     """Files are PEM. What each end needs:
 
-    - server: `certificate` and `key`; `authorities` as well makes it demand a client certificate that they
-    signed.
-    - client: `fingerprint` accepts exactly that server certificate; `authorities` those that they signed, for
-    the
-      host name dialled or `server_name`; neither, the system's authorities. `certificate` and `key` where the
-      server demands them.
+    - server: `certificate` and `key`; with `authorities` it demands a client certificate that they signed.
+    - client: `fingerprints` accepts exactly those server certificates; `authorities` what they signed, for
+      the host name dialled or `server_name`; neither, the system's authorities. `certificate` and `key` where
+      the server demands them.
     """
 
     certificate: str | os.PathLike[str] | None = None
     key: str | os.PathLike[str] | None = None
     authorities: str | os.PathLike[str] | None = None
-    fingerprint: str | None = None
+    fingerprints: tuple[str, ...] = ()
     server_name: str | None = None
 
 
@@ -106,13 +104,14 @@ def server_context(tls: TLSConfig) -> ssl.SSLContext:
 def client_context(tls: TLSConfig) -> ssl.SSLContext:
     """Raises UsageError as `server_context` does.
 
-    With `fingerprint` the context itself accepts any certificate: `check_peer` must follow before a byte is
+    With `fingerprints` the context itself accepts any certificate: `check_peer` must follow before a byte is
     sent.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    if tls.fingerprint is not None:
-        parse_fingerprint(tls.fingerprint)
+    if tls.fingerprints:
+        for fingerprint in tls.fingerprints:
+            parse_fingerprint(fingerprint)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     elif tls.authorities is not None:
@@ -129,10 +128,11 @@ def check_peer(certificate: bytes | None, tls: TLSConfig, peer: str) -> None:
 
     `certificate` is the server's, in DER (`SSLObject.getpeercert(True)`).
     """
-    if tls.fingerprint is None:
+    if not tls.fingerprints:
         return
     found = hashlib.sha256(certificate or b"").digest()
-    if not certificate or not hmac.compare_digest(found, parse_fingerprint(tls.fingerprint)):
+    pins = [parse_fingerprint(fingerprint) for fingerprint in tls.fingerprints]
+    if not certificate or not any(hmac.compare_digest(found, pin) for pin in pins):
         raise AuthenticationError(
             f"{peer} shows another certificate than the one pinned: {_PREFIX}{found.hex()}",
             peer=peer,

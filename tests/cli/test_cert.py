@@ -28,7 +28,7 @@ def test_what_it_writes_serves_and_is_pinned(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     files = {name: tmp_path / "tls" / name for name in ("cert.pem", "key.pem", "token")}
     server_context(TLSConfig(certificate=files["cert.pem"], key=files["key.pem"]))
-    client_context(TLSConfig(fingerprint=printed(result, "fingerprint")))
+    client_context(TLSConfig(fingerprints=(printed(result, "fingerprint"),)))
     parse_fingerprint(printed(result, "fingerprint"))
     assert "node1.example.org" in result.stdout
     assert load_token(files["token"]) is not None

@@ -60,7 +60,7 @@ def shake_hands(
 
 
 def test_a_made_certificate_speaks_tls_13_and_is_pinned(made: Certificate) -> None:
-    tls = TLSConfig(fingerprint=made.fingerprint)
+    tls = TLSConfig(fingerprints=(made.fingerprint,))
     client, server = shake_hands(client_context(tls), server_context(serving(made)), "whatever.example")
     assert client.version() == server.version() == "TLSv1.3"
     check_peer(client.getpeercert(True), tls, "node")
@@ -69,7 +69,7 @@ def test_a_made_certificate_speaks_tls_13_and_is_pinned(made: Certificate) -> No
 
 
 def test_another_certificate_than_the_pinned_one_is_refused(made: Certificate, other: Certificate) -> None:
-    tls = TLSConfig(fingerprint=other.fingerprint)
+    tls = TLSConfig(fingerprints=(other.fingerprint,))
     client, _ = shake_hands(client_context(tls), server_context(serving(made)))
     with pytest.raises(AuthenticationError, match=made.fingerprint):
         check_peer(client.getpeercert(True), tls, "node:7077")
@@ -78,7 +78,7 @@ def test_another_certificate_than_the_pinned_one_is_refused(made: Certificate, o
 
 
 def test_older_tls_is_refused(made: Certificate) -> None:
-    old = client_context(TLSConfig(fingerprint=made.fingerprint))
+    old = client_context(TLSConfig(fingerprints=(made.fingerprint,)))
     old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError) as refusal:
         shake_hands(old, server_context(serving(made)))
@@ -105,11 +105,11 @@ def test_the_systems_authorities_do_not_know_a_made_certificate(made: Certificat
 def test_mutual_tls(made: Certificate, other: Certificate) -> None:
     demanding = server_context(serving(made, authorities=other.certificate))
     pin = made.fingerprint
-    known = TLSConfig(fingerprint=pin, certificate=other.certificate, key=other.key)
+    known = TLSConfig(fingerprints=(pin,), certificate=other.certificate, key=other.key)
     shake_hands(client_context(known), demanding)
     for unknown in (
-        TLSConfig(fingerprint=pin),
-        TLSConfig(fingerprint=pin, certificate=made.certificate, key=made.key),
+        TLSConfig(fingerprints=(pin,)),
+        TLSConfig(fingerprints=(pin,), certificate=made.certificate, key=made.key),
     ):
         with pytest.raises(ssl.SSLError) as refusal:
             shake_hands(client_context(unknown), demanding)
@@ -153,7 +153,7 @@ def _pairs(digits: str) -> list[str]:
 @pytest.mark.parametrize("text", ["", "sha256:", "sha1:00", "ab" * 31, "ab" * 33, "zz" * 32])
 def test_other_texts_are_no_fingerprints(text: str) -> None:
     with pytest.raises(UsageError, match="fingerprint"):
-        client_context(TLSConfig(fingerprint=text))
+        client_context(TLSConfig(fingerprints=(text,)))
 
 
 def test_files_that_cannot_serve(made: Certificate, other: Certificate, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, certificate: Certificat
         address = f"unix:{tmp_path}/socket"
     elif address == "tls":
         token = Token("the token of this suite")
-        ours = {"tls": TLSConfig(fingerprint=certificate.fingerprint), "token": token}
+        ours = {"tls": TLSConfig(fingerprints=(certificate.fingerprint,)), "token": token}
         theirs = {"tls": TLSConfig(certificate=certificate.certificate, key=certificate.key), "token": token}
     elif address == "link":
         ours = {"link": LinkSpec(rtt=0.001)}

@@ -37,7 +37,7 @@ def serving(made: Certificate, **more: Any) -> TLSConfig:
 
 
 def pinning(made: Certificate, **more: Any) -> TLSConfig:
-    return TLSConfig(fingerprint=made.fingerprint, **more)
+    return TLSConfig(fingerprints=(made.fingerprint,), **more)
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -104,6 +104,12 @@ def test_wrong_tokens(
             )
         )
     assert refusal.value.remedy
+
+
+def test_several_nodes_with_certificates_of_their_own(made: Certificate, other: Certificate) -> None:
+    pins = TLSConfig(fingerprints=(made.fingerprint, other.fingerprint))
+    for server in (made, other):
+        assert run(attempt(ServerConfig(tls=serving(server)), ClientConfig(tls=pins))) == ["echo"]
 
 
 def test_another_certificate_than_the_pinned_one(made: Certificate, other: Certificate) -> None:
