@@ -110,11 +110,11 @@ def test_compression_is_agreed_on_and_lossless(client: Any, server: Any, shrinks
 
 
 def test_auto_compresses_what_goes_over_a_slow_link() -> None:
-    x = block()
+    x = torch.zeros(64, 2816)
     slow = ClientConfig(link=LinkSpec(bandwidth=100e6))
     (back,), sent, _ = exchange([x], slow, ServerConfig())
     assert torch.equal(back, x)
-    assert sent < 0.9 * x.nbytes
+    assert sent < 0.1 * x.nbytes
 
 
 @pytest.mark.parametrize(("wire", "limit"), [("int8", 0.013), ("float8_e4m3fn", 0.038)])
