@@ -18,9 +18,10 @@ from splitinfer.drafting import Count, Decoder, check_depth, choose_drafter
 from splitinfer.engine_config import EngineConfig, known_options
 from splitinfer.errors import UsageError
 from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
+from splitinfer.mixed import MixedExperts, local_layers
 from splitinfer.model.cache import KVCache
 from splitinfer.model.config import ModelConfig
-from splitinfer.model.experts import ExpertBank, LocalExperts
+from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
 from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.model.hub import resolve_model
 from splitinfer.model.sampling import Sampler, SamplingParams
@@ -87,17 +88,18 @@ class AsyncEngine:
         self.tokenizer = await loop.run_in_executor(None, Tokenizer.open, self.checkpoint.path)
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
+        local, kept = await loop.run_in_executor(None, self._keep)
         if self._addresses:
             self._experts = await RemoteExperts.connect(
                 self._addresses,
-                layers=range(config.num_hidden_layers),
+                layers=sorted(set(range(config.num_hidden_layers)) - set(kept)),
                 num_experts=config.num_experts,
                 fingerprint=self.checkpoint.fingerprint,
                 timeout=self.settings.timeout,
                 config=self.settings.transport,
             )
         try:
-            self._gemma = await loop.run_in_executor(None, self._load)
+            self._gemma = await loop.run_in_executor(None, self._load, local, kept)
         except BaseException:
             await self.close()
             raise
@@ -108,9 +110,20 @@ class AsyncEngine:
         if experts is not None:
             await experts.close()
 
-    def _load(self) -> Gemma:
+    def _keep(self) -> tuple[LocalExperts | None, tuple[int, ...]]:
+        """The experts that stay on this machine, and their layers; all of them where there are no nodes."""
+        settings, dtype = self.settings, self.settings.torch_dtype()
+        if self._addresses:
+            return local_layers(self.checkpoint, settings.local_layers, settings.local_memory, dtype)
+        layers = tuple(range(self.config.num_hidden_layers if self.config.enable_moe_block else 0))
+        held = dict.fromkeys(layers, range(self.config.num_experts))
+        return LocalExperts(ExpertBank(self.checkpoint, held, dtype=dtype)), layers
+
+    def _load(self, local: LocalExperts | None, kept: tuple[int, ...]) -> Gemma:
+        experts: Experts | None = local or self._experts
+        if local is not None and self._experts is not None:
+            experts = MixedExperts(local, kept, self._experts)
         dtype = self.settings.torch_dtype()
-        experts = self._experts or LocalExperts(_whole_bank(self.checkpoint, dtype))
         gemma = Gemma.load(self.checkpoint, experts, device=self.settings.device, dtype=dtype)
         self._new_drafter = choose_drafter(self.settings.draft, gemma, self.checkpoint.path)
         return gemma
@@ -348,12 +361,6 @@ class _Generation:
                 ),
             ),
         )
-
-
-def _whole_bank(checkpoint: Checkpoint, dtype: torch.dtype | None) -> ExpertBank:
-    config = checkpoint.config
-    everything = range(config.num_experts) if config.enable_moe_block else ()
-    return ExpertBank(checkpoint, dict.fromkeys(range(config.num_hidden_layers), everything), dtype=dtype)
 
 
 def _not_open() -> UsageError:

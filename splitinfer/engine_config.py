@@ -24,6 +24,9 @@ class EngineConfig:
     `draft` guesses tokens that the model then verifies several at a time, which changes the speed and not the
     tokens: "off", "lookup", a drafter's directory, or "auto" (the model's own drafter, else lookup).
     `draft_depth` is the number of guesses at a time, 1 to 15, or "auto".
+
+    With nodes, `local_layers` ("0-9") keeps the experts of these layers here, or `local_memory` ("6GiB")
+    those of as many layers as fit; the nodes need not hold them.
     """
 
     device: str = "cpu"
@@ -31,6 +34,8 @@ class EngineConfig:
     threads: int | None = None
     context: int | None = None
     timeout: float = 60.0
+    local_layers: str | None = None
+    local_memory: str | None = None
     draft: str = "auto"
     draft_depth: int | str = "auto"
     transport: transport.ClientConfig | None = None

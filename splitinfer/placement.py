@@ -17,11 +17,12 @@ import numpy.typing as npt
 
 from splitinfer.errors import PlacementError, RemoteProtocolError, UsageError
 
-__all__ = ["Holding", "Placement", "format_ranges", "parse_ranges"]
+__all__ = ["Holding", "Placement", "format_ranges", "parse_ranges", "parse_size"]
 
 MAX_ID = 1 << 15  # layer and expert ids travel as int16
 
 _PART = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
+_SIZE = re.compile(r"\s*(\d{1,9}(?:\.\d+)?)\s*([KMGTkmgt])(i?)[Bb]\s*")
 
 
 def parse_ranges(text: str, count: int, flag: str) -> tuple[int, ...]:
@@ -55,6 +56,15 @@ def parse_ranges(text: str, count: int, flag: str) -> tuple[int, ...]:
             raise UsageError(f"{flag} {text!r}: {low}-{high} is named twice", remedy="Name every id once.")
         ids.update(span)
     return tuple(sorted(ids))
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes from `"6GiB"`, `"512 MiB"` or `"8GB"`. `flag` names the option in errors. Raises `UsageError`."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{flag} {text!r} is not a size", remedy=f"Write it like {flag} 6GiB.")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** (1 + "KMGT".index(match[2].upper())))
 
 
 def _runs(ids: Iterable[int]) -> list[tuple[int, int]]:

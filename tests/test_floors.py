@@ -7,6 +7,7 @@ Each room may import what stands on the same line or below it:
     engine
     engine_config
     dispatch  node  drafting        split execution: client, server; several tokens per step
+    mixed                           some layers here, the others on nodes
     placement
     transport       model  demo     bytes and tensors | mathematics: neither knows the other
     config  errors  generation  timing
@@ -35,8 +36,9 @@ MAY_IMPORT = {
     "dispatch": GROUND | {"transport", "placement"},
     "node": GROUND | {"transport", "placement", "dispatch", "model"},
     "drafting": {"errors", "timing", "model"},
+    "mixed": {"errors", "timing", "placement", "model"},
     "engine_config": {"errors", "transport", "model"},
-    "engine": GROUND | {"transport", "placement", "dispatch", "drafting", "engine_config", "model"},
+    "engine": GROUND | {"transport", "placement", "dispatch", "drafting", "engine_config", "mixed", "model"},
     "blocking": GROUND | {"engine", "dispatch", "model"},
 }
 TOP = {"cli", "__init__", "__main__"}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitinfer.errors import PlacementError, RemoteProtocolError, UsageError
-from splitinfer.placement import Holding, Placement, format_ranges, parse_ranges
+from splitinfer.placement import Holding, Placement, format_ranges, parse_ranges, parse_size
 
 MODEL = "ab" * 32
 
@@ -117,3 +117,12 @@ def test_replicas_share_the_load_and_stand_in_for_each_other() -> None:
     assert np.bincount(placement.owner(0)).tolist() == [32, 32]
     assert set(placement.owner(0, down=frozenset({0})).tolist()) == {1}
     assert set(placement.owner(0, down=frozenset({0, 1})).tolist()) == {-1}
+
+
+def test_sizes() -> None:
+    assert parse_size("6GiB", "--x") == 6 << 30
+    assert parse_size(" 1.5 mib ", "--x") == 3 << 19
+    assert parse_size("8GB", "--x") == 8 * 10**9
+    for wrong in ("", "6", "GiB", "-1GiB", "1.GiB", "6 G iB", "nan GiB"):
+        with pytest.raises(UsageError, match="--x"):
+            parse_size(wrong, "--x")
