@@ -14,7 +14,8 @@ from splitinfer.errors import ConnectError, ConnectionLost, DeadlineExceeded, Li
 from splitinfer.transport.addresses import Address
 from splitinfer.transport.config import ClientConfig
 from splitinfer.transport.link import EmulatedLink
-from splitinfer.transport.session import Reply, Session, SingleCall, Stats, StreamCall
+from splitinfer.transport.messages import Reply
+from splitinfer.transport.session import Session, SingleCall, Stats, StreamCall
 from splitinfer.transport.tensors import Array
 
 __all__ = ["Channel", "connect"]

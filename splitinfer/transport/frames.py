@@ -17,10 +17,11 @@ from struct import Struct
 from typing import Any, Final, NamedTuple
 
 import msgpack
+from msgpack import unpackb
 
 from splitinfer.errors import LimitExceeded, LocalProtocolError, RemoteProtocolError
 from splitinfer.transport.buffers import ALIGNMENT, aligned
-from splitinfer.transport.tensors import DTYPE_BY_CODE, Array, TensorSpec, spec_of
+from splitinfer.transport.tensors import DTYPE_BY_CODE, Array, TensorSpec, is_plain, spec_of
 
 __all__ = [
     "AUTH",
@@ -33,8 +34,10 @@ __all__ = [
     "ERROR",
     "GOAWAY",
     "HEAD",
+    "HEAD_NBYTES",
     "HELLO",
     "ITEM",
+    "JOIN_NBYTES",
     "MAGIC",
     "PING",
     "PONG",
@@ -57,8 +60,8 @@ __all__ = [
     "unpack_table",
 ]
 
-MAGIC: Final = b"SI"
 VERSION: Final = 1
+MAGIC: Final = b"SI" + bytes((VERSION,))
 
 HELLO: Final = 1  # handshake, first each way
 AUTH: Final = 2  # handshake, client's second
@@ -75,10 +78,13 @@ DATA: Final = 12  # more of a body
 CANCEL: Final = 13
 CREDIT: Final = 14  # so many more ITEMs may come
 
-# magic, version, kind, value (ms left, credit), id, table nbytes, meta nbytes, body nbytes, zero
-HEAD: Final = Struct("<2sBBIQIIII")
+# "SI" and the version, kind, value (ms left, credit), id, table nbytes, meta nbytes, body nbytes, zero
+HEAD: Final = Struct("<3sBIQIIII")
+HEAD_NBYTES: Final = HEAD.size
 # A body larger than this travels in pieces, between which other frames pass.
 CHUNK_NBYTES: Final = 256 * 1024
+# One copy of a body up to this size costs less than a longer list of pieces for the kernel.
+JOIN_NBYTES: Final = 16 * 1024
 ZEROS: Final = tuple(bytes(n) for n in range(ALIGNMENT))
 
 REMEMBERED: Final = 256
@@ -118,15 +124,21 @@ class Table(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A packed table for tensors sent as they are, and the zeros that follow each of them."""
+    """A packed table for tensors sent as they are, and the zeros that follow each of them.
+
+    `small`: the tensors may be joined into one buffer, each as `joinable` gives it.
+    """
 
     table: bytes
     padding: tuple[bytes, ...]
     body_nbytes: int
+    small: bool
 
 
 EMPTY_TABLE: Final = Table("", (), 0, 0, True)
 
+# msgpack's own errors are ValueErrors; text that is not UTF-8 and a cut end are too.
+_DAMAGED: Final = (ValueError, msgpack.UnpackException, RecursionError)
 _packer = msgpack.Packer(use_bin_type=True)
 
 
@@ -152,21 +164,13 @@ def pack_map(content: dict[str, Any], limit: int) -> bytes:
 
 def unpack_map(data: memoryview) -> dict[str, Any]:
     """Undo `pack_map`. Raises RemoteProtocolError for anything but one map with text keys."""
-    content = _unpack(data)
+    try:
+        content = unpackb(data, max_ext_len=0, ext_hook=_no_extension)
+    except _DAMAGED as error:
+        raise _damaged(error) from None
     if type(content) is not dict:
         raise RemoteProtocolError("a frame's meta is not a map")
     return content
-
-
-def _unpack(data: memoryview) -> Any:
-    try:
-        # max_ext_len: no extension types, which would let the bytes choose objects; keys are text or bytes.
-        return msgpack.unpackb(data, strict_map_key=True, max_ext_len=0, timestamp=0, ext_hook=_no_extension)
-    except RemoteProtocolError:
-        raise
-    # msgpack's own errors are ValueErrors; a stack too deep, text that is not UTF-8 and a cut end are too.
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise RemoteProtocolError(f"a frame's msgpack is damaged: {type(error).__name__}") from None
 
 
 def _no_extension(code: int, data: bytes) -> None:
@@ -192,7 +196,9 @@ def layout_of(
     specs = [spec_of(tensor) for tensor in tensors]
     packed = pack_table(method, [(spec, 0, spec.nbytes) for spec in specs], limits)
     padding = tuple(ZEROS[-spec.nbytes % ALIGNMENT] for spec in specs)
-    layout = Layout(packed, padding, sum(aligned(spec.nbytes) for spec in specs))
+    nbytes = sum(aligned(spec.nbytes) for spec in specs)
+    small = nbytes <= JOIN_NBYTES and all(is_plain(tensor) for tensor in tensors)
+    layout = Layout(packed, padding, nbytes, small)
     if len(packed) <= REMEMBERED_NBYTES:
         if len(known) >= REMEMBERED:
             known.clear()
@@ -221,7 +227,10 @@ def pack_table(method: str, tensors: Sequence[tuple[TensorSpec, int, int]], limi
 
 def unpack_table(data: memoryview, limits: Limits) -> Table:
     """Undo `pack_table`, believing nothing: raises RemoteProtocolError for what breaks a rule or a limit."""
-    content = _unpack(data)
+    try:
+        content = unpackb(data, max_ext_len=0, ext_hook=_no_extension)
+    except _DAMAGED as error:
+        raise _damaged(error) from None
     if (
         type(content) is not list
         or len(content) != 2
@@ -267,10 +276,13 @@ def _entry(row: Any, start: int, limits: Limits) -> Entry:
 def pack_frame(
     kind: int, id: int = 0, table: bytes = b"", meta: bytes = b"", body_nbytes: int = 0, value: int = 0
 ) -> bytes:
-    """Everything of a frame before its body, padded. `body_nbytes` is what follows in this frame."""
-    size = 32 + len(table) + len(meta)
-    head = HEAD.pack(MAGIC, VERSION, kind, value, id, len(table), len(meta), body_nbytes, 0)
-    return b"".join((head, table, meta, ZEROS[-size % ALIGNMENT]))
+    """A frame up to its body, padded. `body_nbytes` is the size of the body in this frame."""
+    head = HEAD.pack(MAGIC, kind, value, id, len(table), len(meta), body_nbytes, 0)
+    return b"".join((head, table, meta, ZEROS[-(HEAD_NBYTES + len(table) + len(meta)) & 63]))
+
+
+def _damaged(error: Exception) -> RemoteProtocolError:
+    return RemoteProtocolError(f"a frame's msgpack is damaged: {type(error).__name__}")
 
 
 def _over(name: str, value: int, limit: int) -> LimitExceeded:

@@ -12,9 +12,12 @@ No I/O.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from secrets import token_bytes
 from typing import Any, Final, Literal, Protocol
 
+from splitinfer import __version__
 from splitinfer.errors import (
     AuthenticationError,
     DeadlineExceeded,
@@ -24,12 +27,13 @@ from splitinfer.errors import (
     TransportError,
     VersionMismatch,
 )
-from splitinfer.transport.frames import Limits
+from splitinfer.transport.frames import AUTH, HELLO, WELCOME, Limits, pack_frame, pack_map
+from splitinfer.transport.messages import Message
 
-__all__ = ["MAX_HELLO", "NONCE_NBYTES", "Authenticator", "Hello", "Role", "error_from", "error_map"]
+__all__ = ["MAX_HELLO", "Authenticator", "Handshake", "Hello", "Role", "error_from", "error_map"]
 
 Role = Literal["client", "server"]
-NONCE_NBYTES: Final = 32
+_NONCE_NBYTES: Final = 32
 MAX_HELLO: Final = 4096  # bytes of meta from a stranger
 _MAX_TEXT: Final = 2000
 
@@ -68,8 +72,8 @@ class Hello:
         """Unknown keys are ignored, so that some can be added. Raises RemoteProtocolError."""
         agent, nonce = content.get("agent", ""), content.get("nonce")
         encodings, auth = content.get("encodings", []), content.get("auth", False)
-        if type(nonce) is not bytes or len(nonce) != NONCE_NBYTES:
-            raise RemoteProtocolError(f"the peer's HELLO has no nonce of {NONCE_NBYTES} bytes")
+        if type(nonce) is not bytes or len(nonce) != _NONCE_NBYTES:
+            raise RemoteProtocolError(f"the peer's HELLO has no nonce of {_NONCE_NBYTES} bytes")
         if type(agent) is not str or type(auth) is not bool:
             raise RemoteProtocolError("the peer's HELLO is not as the protocol says")
         if type(encodings) is not list or not all(
@@ -89,6 +93,93 @@ def _limits(content: Any) -> Limits:
             raise RemoteProtocolError(f"the peer's HELLO has no {name}")
         values[name] = value
     return Limits(**values)
+
+
+class Handshake:
+    """One side's part. `start` and `receive` return frames to send; `done` says that calls may follow.
+
+    `hello` is the peer's, once it came; `info` what the server says of itself, once done.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        *,
+        limits: Limits,
+        encodings: frozenset[int] = frozenset(),
+        make_info: Callable[[], dict[str, Any]] | None = None,
+        authenticator: Authenticator | None = None,
+        binding: bytes = b"",
+        peer: str = "",
+    ) -> None:
+        self.done = False
+        self.hello: Hello | None = None
+        self.info: dict[str, Any] = {}
+        self._role: Role = role
+        self._peer = peer
+        self._make_info = make_info
+        self._authenticator = authenticator
+        self._binding = binding
+        auth = role == "server" and authenticator is not None
+        own = Hello(token_bytes(_NONCE_NBYTES), limits, f"splitinfer/{__version__}", encodings, auth)
+        self._own = pack_map(own.to_map(), MAX_HELLO)
+        self._transcript = b""
+
+    def start(self) -> list[bytes]:
+        """A client's first frame; a server waits for it."""
+        return [pack_frame(HELLO, meta=self._own)] if self._role == "client" else []
+
+    def receive(self, message: Message) -> list[bytes]:
+        """Take one frame, each of which has one place. Raises AuthenticationError, RemoteProtocolError."""
+        client = self._role == "client"
+        if message.kind == HELLO and self.hello is None:
+            self.hello = Hello.from_map(message.meta)
+            if client:
+                self._transcript = self._own + message.packed_meta + self._binding
+                self._check_auth(self.hello)
+                return [pack_frame(AUTH, meta=pack_map({"proof": self._prove()}, MAX_HELLO))]
+            self._transcript = message.packed_meta + self._own + self._binding
+            return [pack_frame(HELLO, meta=self._own)]
+        if self.hello is None or self.done or message.kind != (WELCOME if client else AUTH):
+            raise RemoteProtocolError(f"a handshake frame of kind {message.kind} out of its turn")
+        self._check_proof("server" if client else "client", message.meta.get("proof"))
+        self.done = True
+        if client:
+            info = message.meta.get("info")
+            if type(info) is not dict:
+                raise RemoteProtocolError("the server's info is not a map")
+            self.info = info
+            return []
+        self.info = self._make_info() if self._make_info else {}
+        meta = pack_map({"proof": self._prove(), "info": self.info}, self.hello.limits.max_meta)
+        return [pack_frame(WELCOME, meta=meta)]
+
+    def _check_auth(self, server: Hello) -> None:
+        if server.auth and self._authenticator is None:
+            raise AuthenticationError(
+                f"{self._peer} asks for a token",
+                peer=self._peer,
+                remedy="Give the file that the token is in.",
+            )
+        if self._authenticator is not None and not server.auth:
+            raise AuthenticationError(
+                f"{self._peer} asks for no token, so it cannot prove that it is yours",
+                peer=self._peer,
+                remedy="Start the node with the token, or connect without one.",
+            )
+
+    def _prove(self) -> bytes:
+        return self._authenticator.prove(self._role, self._transcript) if self._authenticator else b""
+
+    def _check_proof(self, role: Role, proof: Any) -> None:
+        if self._authenticator is None:
+            return
+        if type(proof) is not bytes or not self._authenticator.verify(role, self._transcript, proof):
+            raise AuthenticationError(
+                f"{self._peer} does not know the token",
+                peer=self._peer,
+                remedy="Use one token on both sides.",
+            )
 
 
 def error_map(error: BaseException) -> dict[str, str]:

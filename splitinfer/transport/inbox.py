@@ -1,24 +1,27 @@
 """Bytes in, messages out: where each byte lands, and when a message is whole. No I/O, no clock.
 
-Whoever reads the stream asks `buffer()` where the next bytes belong, puts some there and says how many with
-`received()`. Small frames gather in a slab and their tensors are views on it. A larger body gets a buffer of
-its own, and from then on its bytes are read straight into it: nothing is copied but what arrived together
-with the head. Bodies in pieces (DATA) may interleave with other frames.
+Whoever reads the stream puts the next bytes into `buffer` and says with `received` how many. Small frames
+gather in a slab and their tensors are views on it. A larger body gets a buffer of its own, and from then on
+its bytes are read straight into it: nothing is copied but what arrived together with the head. Bodies in
+pieces (DATA) may interleave with other frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from struct import Struct
+from typing import Final, NamedTuple, Protocol
 
 from splitinfer.errors import RemoteProtocolError, VersionMismatch
 from splitinfer.transport.buffers import POOL, BufferPool, aligned
 from splitinfer.transport.frames import (
     CHUNK_NBYTES,
+    CREDIT,
     DATA,
     EMPTY_TABLE,
     ERROR,
     HEAD,
+    HEAD_NBYTES,
     ITEM,
     MAGIC,
     REMEMBERED,
@@ -32,18 +35,18 @@ from splitinfer.transport.frames import (
     unpack_map,
     unpack_table,
 )
+from splitinfer.transport.messages import Message
 from splitinfer.transport.tensors import Tensor, TensorSpec
 
-__all__ = ["Decoder", "Inbox", "Message"]
+__all__ = ["Decoder", "Inbox"]
 
-_HEAD_NBYTES: Final = 32
-_FRAME_NBYTES: Final = 64  # the shortest frame
 SLAB_NBYTES: Final = 64 * 1024
 # A body up to this size is waited for in the slab; of a larger one at most a slab's worth is copied once.
 SMALL_NBYTES: Final = 24 * 1024
 _MIN_READ: Final = 8 * 1024
-_WITH_TABLE: Final = frozenset((REQUEST, REPLY, ITEM))
-_LAST_KIND: Final = 14
+_FRAME_NBYTES: Final = 64  # the shortest frame
+_HEAD_START: Final = Struct("<4sIQI")  # magic and kind, value, id, table nbytes
+_LEADS: Final = frozenset(MAGIC + bytes((kind,)) for kind in (REQUEST, REPLY, ITEM))
 
 
 class Decoder(Protocol):
@@ -53,34 +56,6 @@ class Decoder(Protocol):
     """
 
     def __call__(self, encoding: int, spec: TensorSpec, wire: memoryview, out: memoryview, /) -> None: ...
-
-
-class Message:
-    """One whole frame, or message put together from several. `tensors` is None where it was refused.
-
-    `packed_meta` is kept of handshake frames only: the proofs cover it byte by byte.
-    """
-
-    __slots__ = ("id", "kind", "meta", "method", "nbytes", "packed_meta", "tensors", "value")
-
-    def __init__(
-        self,
-        kind: int,
-        id: int,
-        value: int,
-        meta: dict[str, Any],
-        method: str = "",
-        tensors: list[Tensor] | None = None,
-        nbytes: int = 0,
-    ) -> None:
-        self.kind = kind
-        self.id = id
-        self.value = value
-        self.meta = meta
-        self.method = method
-        self.tensors = tensors
-        self.nbytes = nbytes
-        self.packed_meta = b""
 
 
 class _Landing:
@@ -95,12 +70,22 @@ class _Landing:
         self.filled = 0
 
 
-class Inbox:
-    """One connection's incoming half.
+class _Known(NamedTuple):
+    """What sizes and table of a small frame say; offsets from the frame's start."""
 
-    `admit(message)` is asked once a message's size is known and before memory is taken for it: False means
-    that its body is to be skipped; it raises to end the connection. `limits` and `handshaking` are set anew
-    by the connection when the handshake is done.
+    frame_nbytes: int
+    meta_start: int
+    meta_end: int
+    method: str
+    nbytes: int
+    views: tuple[tuple[str, tuple[int, ...], int, int], ...]  # dtype, shape, first byte, end
+
+
+class Inbox:
+    """One connection's incoming half. `buffer` is where the next bytes belong; it is never empty.
+
+    `admit(message)` is asked before memory is taken for a body that does not fit the slab: False means that
+    it is to be skipped; it raises to end the connection.
     """
 
     def __init__(
@@ -111,159 +96,169 @@ class Inbox:
         decode: Decoder | None = None,
         pool: BufferPool = POOL,
     ) -> None:
-        self.limits = limits
-        self.handshaking = False  # True on a server until the client has proved itself
-        self.frames = 0  # whole ones so far: what a check for slow writers looks at
-        self.nbytes = 0
+        self.nbytes = 0  # received in all
         self._admit = admit
         self._decode = decode
         self._pool = pool
         self._slab = pool.take(SLAB_NBYTES)
         self._start = 0  # of the first frame not yet parsed, a multiple of 64
         self._end = 0  # of the bytes received
-        self._need = _HEAD_NBYTES  # bytes of that frame without which looking again is of no use
-        self._tables: dict[bytes, Table] = {}
+        self._need = HEAD_NBYTES  # bytes of that frame without which looking again is of no use
+        self._known: dict[bytes, _Known] = {}  # by what stands between a head's id and the meta
         self._landings: dict[int, _Landing] = {}
         self._into: _Landing | None = None  # whose body the next bytes are
         self._into_left = 0
+        self.buffer = self._slab
+        self.allow(limits, handshake_only=False)
+
+    def allow(self, limits: Limits, *, handshake_only: bool) -> None:
+        """What is accepted from now on."""
+        self._limits = limits
+        self._last_kind = ERROR if handshake_only else CREDIT
 
     @property
     def unfinished(self) -> bool:
         """True where something has begun and is not whole: a frame, or a body in pieces."""
         return self._start < self._end or self._into is not None or bool(self._landings)
 
-    def buffer(self) -> memoryview:
-        """Where the next bytes belong. Never empty."""
-        into = self._into
-        if into is None:
-            if self._landings:
-                # Between the pieces of a large body read one head at a time, so that the next piece's bytes
-                # go where they belong and not through the slab.
-                return self._slab[self._end : max(self._start + self._need, self._end + _FRAME_NBYTES)]
-            return self._slab[self._end :]
-        if into.data is None:
-            return self._slab[self._end : self._end + self._into_left]
-        return into.data[into.filled : into.filled + self._into_left]
-
     def received(self, nbytes: int) -> list[Message]:
-        """`nbytes` bytes were put into `buffer()`; returns the messages that are whole now, in order.
+        """`nbytes` bytes were put into `buffer`; returns the messages that are whole now, in order.
 
         Raises RemoteProtocolError, VersionMismatch, or what `admit` raises: the connection is beyond repair.
         """
         self.nbytes += nbytes
         messages: list[Message] = []
-        into = self._into
-        if into is not None:
-            into.filled += nbytes
-            self._into_left -= nbytes
-            if not self._into_left:
-                self._piece_done(into, messages)
-            return messages
-        self._end += nbytes
-        while self._end - self._start >= self._need and self._parse(messages):
-            self._need = _HEAD_NBYTES
-        self._make_room()
+        if self._into is not None:
+            self._received_piece(self._into, nbytes, messages)
+        else:
+            self._end += nbytes
+            while self._end - self._start >= self._need and (
+                self._recognise(messages) or self._parse(messages)
+            ):
+                pass
+        self._aim()
         return messages
 
     def drop(self, id: int) -> bool:
         """Forget a body under way: no more of it will come. True if there was one."""
         return self._landings.pop(id, None) is not None
 
+    def _recognise(self, messages: list[Message]) -> bool:
+        """Take a small frame like one before out of the slab: what was checked then need not be again."""
+        start, slab = self._start, self._slab
+        lead, value, id, table_nbytes = _HEAD_START.unpack_from(slab, start)
+        known = self._known.get(slab[start + 16 : start + HEAD_NBYTES + table_nbytes].tobytes())
+        if known is None or lead not in _LEADS or self._end - start < known.frame_nbytes or self._landings:
+            return False
+        frame_nbytes, meta_start, meta_end, method, nbytes, views = known
+        meta = unpack_map(slab[start + meta_start : start + meta_end]) if meta_start < meta_end else {}
+        message = Message(lead[3], id, value, meta, method, nbytes)
+        message.tensors = [Tensor(dtype, shape, slab[start + a : start + b]) for dtype, shape, a, b in views]
+        messages.append(message)
+        self._start = start + frame_nbytes
+        self._need = HEAD_NBYTES
+        return True
+
     def _parse(self, messages: list[Message]) -> bool:
         """Take one frame out of the slab. False where more bytes are needed; `_need` then says how many."""
-        start = self._start
-        head = HEAD.unpack_from(self._slab, start)
-        magic, version, kind, value, id, table_nbytes, meta_nbytes, body_nbytes, zero = head
-        limits = self.limits
-        if magic != MAGIC or version != VERSION:
-            raise self._stranger(magic, version)
-        if zero or not 0 < kind <= _LAST_KIND or body_nbytes > CHUNK_NBYTES or body_nbytes & 63:
-            raise RemoteProtocolError(
-                f"a frame of kind {kind} with a body of {body_nbytes} bytes breaks the rules"
-            )
-        if table_nbytes > limits.max_table or meta_nbytes > limits.max_meta:
-            raise RemoteProtocolError(
-                f"a frame's head claims {table_nbytes} and {meta_nbytes} bytes: over the limit"
-            )
-        if self.handshaking and kind > ERROR:
-            raise RemoteProtocolError(f"a frame of kind {kind} before the handshake was done")
-        meta_start = start + _HEAD_NBYTES + table_nbytes
-        body = (meta_start + meta_nbytes + 63) & -64
+        start, slab = self._start, self._slab
+        magic, kind, value, id, table_nbytes, meta_nbytes, body_nbytes, zero = HEAD.unpack_from(slab, start)
+        if magic != MAGIC:
+            raise _stranger(magic)
+        if (
+            zero
+            or not 0 < kind <= self._last_kind
+            or table_nbytes > self._limits.max_table
+            or meta_nbytes > self._limits.max_meta
+            or body_nbytes > CHUNK_NBYTES
+            or body_nbytes & 63
+        ):
+            sizes = f"{table_nbytes}, {meta_nbytes} and {body_nbytes} bytes"
+            raise RemoteProtocolError(f"a frame of kind {kind} with {sizes} is not allowed here")
+        meta_start = start + HEAD_NBYTES + table_nbytes
+        meta_end = meta_start + meta_nbytes
+        body = (meta_end + 63) & -64
         if self._end < body:
             self._need = body - start
             return False
-        if kind in _WITH_TABLE:
-            table = self._table(start + _HEAD_NBYTES, table_nbytes) if table_nbytes else EMPTY_TABLE
-            whole = body_nbytes == table.body_nbytes and body_nbytes <= SMALL_NBYTES
-            if whole and self._end < body + body_nbytes:
+        if REQUEST <= kind <= ITEM:
+            table = EMPTY_TABLE
+            if table_nbytes:
+                table = unpack_table(slab[start + HEAD_NBYTES : meta_start], self._limits)
+            small = table.raw and body_nbytes == table.body_nbytes and body_nbytes <= SMALL_NBYTES
+            if small and self._end < body + body_nbytes:
                 self._need = body + body_nbytes - start
                 return False
-            meta = unpack_map(self._slab[meta_start : meta_start + meta_nbytes]) if meta_nbytes else {}
-            message = Message(kind, id, value, meta, table.method, None, table.nbytes)
-            if not whole:
-                return self._land(message, table, body, body_nbytes, messages)
-            if self._admit(message):
-                message.tensors = self._tensors(table, self._slab[body : body + body_nbytes])
-            messages.append(message)
-            self._start = body + body_nbytes
+            meta = unpack_map(slab[meta_start:meta_end]) if meta_nbytes else {}
+            message = Message(kind, id, value, meta, table.method, table.nbytes)
+            if small:
+                self._take_small(message, table, body, messages)
+                if table_nbytes <= REMEMBERED_NBYTES:
+                    self._remember(slab[start + 16 : meta_start].tobytes(), meta_nbytes, table)
+            else:
+                self._land(message, table, body, body_nbytes, messages)
         elif kind == DATA:
-            return self._land_more(id, table_nbytes + meta_nbytes, body, body_nbytes, messages)
+            if table_nbytes or meta_nbytes:
+                raise RemoteProtocolError("a piece of a body with more than a body")
+            self._land_more(id, body, body_nbytes, messages)
         else:
             if table_nbytes or body_nbytes:
-                raise RemoteProtocolError(f"a frame of kind {kind} carries tensors")
-            meta = unpack_map(self._slab[meta_start : meta_start + meta_nbytes]) if meta_nbytes else {}
-            message = Message(kind, id, value, meta)
+                raise RemoteProtocolError(f"a frame of kind {kind} with tensors")
+            meta = unpack_map(slab[meta_start:meta_end]) if meta_nbytes else {}
+            message = Message(kind, id, value, meta, "", 0)
             if kind <= WELCOME:
-                message.packed_meta = bytes(self._slab[meta_start : meta_start + meta_nbytes])
+                message.packed_meta = slab[meta_start:meta_end].tobytes()
             messages.append(message)
             self._start = body
-        self.frames += 1
+        self._need = HEAD_NBYTES
         return True
 
-    def _stranger(self, magic: bytes, version: int) -> RemoteProtocolError | VersionMismatch:
-        if magic != MAGIC:
-            return RemoteProtocolError(
-                "the peer does not speak splitinfer's protocol", remedy="Check host and port."
-            )
-        return VersionMismatch(
-            f"the peer speaks version {version} of the wire, this side {VERSION}",
-            ours=VERSION,
-            theirs=version,
-            remedy="Install the same version of splitinfer on both sides.",
+    def _take_small(self, message: Message, table: Table, body: int, messages: list[Message]) -> None:
+        """A message that is whole in the slab."""
+        if message.id in self._landings:
+            raise _interleaved()
+        slab = self._slab
+        message.tensors = [
+            Tensor(spec.dtype.name, spec.shape, slab[body + first : body + first + nbytes])
+            for spec, _, nbytes, first in table.entries
+        ]
+        messages.append(message)
+        self._start = body + table.body_nbytes
+
+    def _remember(self, key: bytes, meta_nbytes: int, table: Table) -> None:
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        meta_start = 16 + len(key)
+        body = (meta_start + meta_nbytes + 63) & -64
+        views = tuple(
+            (spec.dtype.name, spec.shape, body + first, body + first + nbytes)
+            for spec, _, nbytes, first in table.entries
+        )
+        end = body + table.body_nbytes
+        self._known[key] = _Known(
+            end, meta_start, meta_start + meta_nbytes, table.method, table.nbytes, views
         )
 
-    def _table(self, start: int, nbytes: int) -> Table:
-        key = bytes(self._slab[start : start + nbytes])
-        table = self._tables.get(key)
-        if table is None:
-            table = unpack_table(memoryview(key), self.limits)
-            if nbytes <= REMEMBERED_NBYTES:
-                if len(self._tables) >= REMEMBERED:
-                    self._tables.clear()
-                self._tables[key] = table
-        return table
-
-    def _land(self, message: Message, table: Table, body: int, nbytes: int, messages: list[Message]) -> bool:
+    def _land(self, message: Message, table: Table, body: int, nbytes: int, messages: list[Message]) -> None:
         """The first piece of a body that gets a buffer of its own."""
         if message.id in self._landings:
-            raise RemoteProtocolError("a message began before the one of the same id was whole")
+            raise _interleaved()
         if nbytes > table.body_nbytes or (nbytes < table.body_nbytes and nbytes != CHUNK_NBYTES):
             raise RemoteProtocolError(f"a first piece of {nbytes} bytes for a body of {table.body_nbytes}")
-        data = self._pool.take(table.body_nbytes) if self._admit(message) else None
+        message.refused = not self._admit(message)
+        data = None if message.refused else self._pool.take(table.body_nbytes)
         landing = self._landings[message.id] = _Landing(message, table, data)
         self._begin_piece(landing, body, nbytes, messages)
-        return True
 
-    def _land_more(self, id: int, extra: int, body: int, nbytes: int, messages: list[Message]) -> bool:
+    def _land_more(self, id: int, body: int, nbytes: int, messages: list[Message]) -> None:
         """Another piece."""
         landing = self._landings.get(id)
-        if landing is None or extra:
+        if landing is None:
             raise RemoteProtocolError("a piece of a body that nothing announced")
         left = landing.table.body_nbytes - landing.filled
         if nbytes != min(left, CHUNK_NBYTES):
             raise RemoteProtocolError(f"a piece of {nbytes} bytes where {left} are missing")
         self._begin_piece(landing, body, nbytes, messages)
-        return True
 
     def _begin_piece(self, landing: _Landing, body: int, nbytes: int, messages: list[Message]) -> None:
         """Copy what came with the head; the rest will be read into place."""
@@ -272,54 +267,78 @@ class Inbox:
             landing.data[landing.filled : landing.filled + here] = self._slab[body : body + here]
         landing.filled += here
         self._start = body + here
-        self._into, self._into_left = landing, nbytes - here
-        if nbytes == here:
+        if here == nbytes:
             self._piece_done(landing, messages)
-        else:
-            # The slab is empty; the next frame has to start at an aligned place in it.
-            self._start = self._end = aligned(self._end)
+            return
+        self._into, self._into_left = landing, nbytes - here
+        # The slab is empty; the next frame has to start at an aligned place in it.
+        self._start = self._end = aligned(self._end)
+
+    def _received_piece(self, into: _Landing, nbytes: int, messages: list[Message]) -> None:
+        into.filled += nbytes
+        self._into_left -= nbytes
+        if not self._into_left:
+            self._piece_done(into, messages)
 
     def _piece_done(self, landing: _Landing, messages: list[Message]) -> None:
         self._into = None
-        self.frames += 1
-        table = landing.table
-        if landing.filled == table.body_nbytes:
-            if self._landings.pop(landing.message.id, None) is not landing:
-                return  # dropped meanwhile
-            if landing.data is not None:
-                landing.message.tensors = self._tensors(table, landing.data)
-            messages.append(landing.message)
+        if landing.filled < landing.table.body_nbytes:
+            return
+        if self._landings.pop(landing.message.id, None) is not landing:
+            return  # dropped meanwhile
+        if landing.data is not None:
+            landing.message.tensors = self._decoded(landing.table, landing.data)
+        messages.append(landing.message)
 
-    def _tensors(self, table: Table, body: memoryview) -> list[Tensor]:
-        if table.raw:
-            return [
-                Tensor(spec.dtype.name, spec.shape, body[start : start + nbytes])
-                for spec, _, nbytes, start in table.entries
-            ]
+    def _decoded(self, table: Table, body: memoryview) -> list[Tensor]:
         tensors = []
         for spec, encoding, nbytes, start in table.entries:
             data = body[start : start + nbytes]
             if encoding:
                 if self._decode is None:
-                    raise RemoteProtocolError(
-                        f"a tensor came in encoding {encoding}, which was not agreed on"
-                    )
-                out = self._pool.take(spec.nbytes)
-                self._decode(encoding, spec, data, out)
-                data = out
+                    raise RemoteProtocolError(f"a tensor in encoding {encoding}, which was not agreed on")
+                wire, data = data, self._pool.take(spec.nbytes)
+                self._decode(encoding, spec, wire, data)
             tensors.append(Tensor(spec.dtype.name, spec.shape, data))
         return tensors
 
-    def _make_room(self) -> None:
-        """See that `buffer()` has room for what is needed next: a new slab once this one is nearly full.
+    def _aim(self) -> None:
+        """Set `buffer`. A new slab once this one is nearly full or too short for the frame that has begun.
 
         A slab is not written again from its start: tensors made from it may be alive. It goes back to the
         pool when they are gone.
         """
-        held = self._end - self._start
-        room = len(self._slab) - self._end
-        if self._start + self._need <= len(self._slab) and (room >= _MIN_READ or (held and room)):
+        into = self._into
+        if into is not None and into.data is not None:
+            self.buffer = into.data[into.filled : into.filled + self._into_left]
             return
-        slab = self._pool.take(max(SLAB_NBYTES, aligned(self._need + _FRAME_NBYTES)))
-        slab[:held] = self._slab[self._start : self._end]
-        self._slab, self._start, self._end = slab, 0, held
+        held, size = self._end - self._start, len(self._slab)
+        if size - self._end < (1 if held else _MIN_READ) or self._start + self._need > size:
+            slab = self._pool.take(max(SLAB_NBYTES, aligned(self._need + _FRAME_NBYTES)))
+            slab[:held] = self._slab[self._start : self._end]
+            self._slab, self._start, self._end = slab, 0, held
+        if into is not None:
+            self.buffer = self._slab[self._end : self._end + self._into_left]
+        elif self._landings:
+            # Between the pieces of a large body read one head at a time, so that the next piece's bytes go
+            # where they belong and not through the slab.
+            self.buffer = self._slab[self._end : max(self._start + self._need, self._end + _FRAME_NBYTES)]
+        else:
+            self.buffer = self._slab[self._end :]
+
+
+def _interleaved() -> RemoteProtocolError:
+    return RemoteProtocolError("a message began before the one of the same id was whole")
+
+
+def _stranger(magic: bytes) -> RemoteProtocolError | VersionMismatch:
+    if magic[:2] != MAGIC[:2]:
+        return RemoteProtocolError(
+            "the peer does not speak splitinfer's protocol", remedy="Check host and port."
+        )
+    return VersionMismatch(
+        f"the peer speaks version {magic[2]} of the wire, this side {VERSION}",
+        ours=VERSION,
+        theirs=magic[2],
+        remedy="Install the same version of splitinfer on both sides.",
+    )

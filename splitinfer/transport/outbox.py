@@ -1,28 +1,60 @@
 """Messages out, as pieces of memory in the order in which they go to the kernel. No I/O, no clock.
 
-A tensor is never copied: its owner's memoryview is handed out as it is, unless the whole body is so small
-that one buffer is cheaper than several (`JOIN_NBYTES`). A body above CHUNK_NBYTES waits aside and goes out
-piece by piece when nothing else is waiting, so a small message is never behind more than one piece of a
-large one. Messages of one id never overtake each other.
+A tensor is not copied: its owner's memoryview is handed out as it is, unless the whole body is so small that
+one buffer costs less than several. A body above CHUNK_NBYTES waits aside and goes out piece by piece when
+nothing else is waiting, so a small message is never behind more than one piece of a large one. Messages of
+one id never overtake each other.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from splitinfer.transport.frames import CHUNK_NBYTES, DATA, pack_frame
+from numpy import ndarray
 
-__all__ = ["JOIN_NBYTES", "Outbox", "Piece"]
+from splitinfer.errors import LimitExceeded, LocalProtocolError
+from splitinfer.transport.buffers import aligned
+from splitinfer.transport.frames import (
+    CHUNK_NBYTES,
+    DATA,
+    HEAD,
+    HEAD_NBYTES,
+    MAGIC,
+    ZEROS,
+    Layout,
+    Limits,
+    layout_of,
+    pack_frame,
+    pack_map,
+    pack_table,
+)
+from splitinfer.transport.tensors import Array, TensorSpec, data_of, joinable, spec_of
+
+__all__ = ["Codec", "Outbox", "Piece"]
 
 Piece: TypeAlias = "bytes | memoryview"
 
-# Below this one copy costs less than a longer list of pieces to the kernel (about 0.1 µs each).
-JOIN_NBYTES: Final = 16 * 1024
 
+class Codec(Protocol):
+    """Other forms in which a tensor may travel. `encodings` are those that this side can decode.
 
-_Waiting: TypeAlias = "deque[tuple[bytes, Sequence[Piece], int]]"
+    It is not asked for messages whose tensors have less than `min_nbytes` bytes together. `link_rate` is the
+    link's throughput in bytes/s, set by whoever measures it; None where nobody knows.
+    """
+
+    encodings: frozenset[int]
+    min_nbytes: int
+    link_rate: float | None
+
+    def decode(self, encoding: int, spec: TensorSpec, wire: memoryview, out: memoryview, /) -> None:
+        """As `inbox.Decoder`."""
+
+    def encode(
+        self, spec: TensorSpec, data: memoryview, accepted: frozenset[int], /
+    ) -> tuple[int, Sequence[Piece], int] | None:
+        """(encoding, pieces, their nbytes together) in an encoding the peer accepts; None: as it is."""
 
 
 class _Bulk:
@@ -35,7 +67,7 @@ class _Bulk:
         self.head = head
         self.pieces = deque(pieces)
         self.left = left
-        self.then: _Waiting = deque()
+        self.then: deque[tuple[bytes, Sequence[Piece], int]] = deque()
 
     def take(self, nbytes: int) -> list[Piece]:
         """The next `nbytes` bytes of the body."""
@@ -53,59 +85,114 @@ class _Bulk:
 
 
 class Outbox:
-    """One connection's outgoing half. `nbytes` bytes wait in all, `sent_nbytes` have gone so far."""
+    """One connection's outgoing half. `nbytes` bytes wait in all, `sent_nbytes` have gone so far.
 
-    __slots__ = ("_bulk", "_bulk_by_id", "_pieces", "nbytes", "sent_nbytes")
+    The handshake sets `limits`, which are the peer's, and `codec` with the encodings it may use, `accepted`.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = (
+        "_bulk",
+        "_bulk_by_id",
+        "_layouts",
+        "_pieces",
+        "accepted",
+        "codec",
+        "limits",
+        "nbytes",
+        "sent_nbytes",
+    )
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.accepted: frozenset[int] = frozenset()
         self.nbytes = 0
         self.sent_nbytes = 0
+        self.codec: Codec | None = None
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._pieces: list[Piece] = []
         self._bulk: deque[_Bulk] = deque()
         self._bulk_by_id: dict[int, _Bulk] = {}
 
+    # ---- messages
+
+    def send(
+        self,
+        kind: int,
+        id: int,
+        method: str,
+        tensors: Sequence[Array],
+        meta: dict[str, Any] | None,
+        value: int = 0,
+    ) -> None:
+        """Queue a message with tensors. Raises LocalProtocolError, LimitExceeded: then nothing was queued."""
+        packed = pack_map(meta, self.limits.max_meta) if meta else b""
+        table, padding, nbytes, small = layout_of(method, tensors, self.limits, self._layouts)
+        if self.codec is not None and nbytes >= self.codec.min_nbytes:
+            self._send_encoded(self.codec, kind, id, method, tensors, packed, value)
+            return
+        if small:
+            zeros = ZEROS[-(HEAD_NBYTES + len(table) + len(packed)) & 63]
+            head = HEAD.pack(MAGIC, kind, value, id, len(table), len(packed), nbytes, 0)
+            parts: list[Any] = [head, table, packed, zeros]
+            for tensor, zeros in zip(tensors, padding, strict=True):
+                parts += tensor if type(tensor) is ndarray else joinable(tensor), zeros
+            try:
+                frame = b"".join(parts)
+            except TypeError:  # a tensor whose bytes are not in one piece
+                pass
+            else:
+                if len(frame) & 63:
+                    raise _misfit()
+                self.add(id, frame)
+                return
+        body: list[Piece] = []
+        for tensor, zeros in zip(tensors, padding, strict=True):
+            body += data_of(tensor), zeros
+        self._send_body(kind, id, table, packed, value, body, nbytes)
+
+    def _send_encoded(
+        self, codec: Codec, kind: int, id: int, method: str, tensors: Sequence[Array], meta: bytes, value: int
+    ) -> None:
+        """Each tensor in the form that the codec chooses."""
+        rows, body, total = [], list[Piece](), 0
+        for tensor in tensors:
+            spec, data = spec_of(tensor), data_of(tensor)
+            encoded = codec.encode(spec, data, self.accepted)
+            encoding, pieces, nbytes = encoded or (0, (data,), data.nbytes)
+            rows.append((spec, encoding, nbytes))
+            body += *pieces, ZEROS[-nbytes & 63]
+            total += aligned(nbytes)
+        self._send_body(kind, id, pack_table(method, rows, self.limits), meta, value, body, total)
+
+    def _send_body(
+        self, kind: int, id: int, table: bytes, meta: bytes, value: int, body: list[Piece], nbytes: int
+    ) -> None:
+        if sum(map(len, body)) != nbytes:
+            raise _misfit()
+        limit = self.limits.max_buffered
+        if self.nbytes + nbytes > limit:
+            raise LimitExceeded(
+                f"{self.nbytes:,} bytes wait to be sent already",
+                limit_name="max_buffered",
+                value=self.nbytes + nbytes,
+                limit=limit,
+                remedy="Wait for answers before sending more.",
+            )
+        self.add(id, pack_frame(kind, id, table, meta, min(nbytes, CHUNK_NBYTES), value), body, nbytes)
+
     def add(self, id: int, head: bytes, body: Sequence[Piece] = (), body_nbytes: int = 0) -> None:
-        """Queue one message: `head` is its first frame up to the body, of which that frame carries the first
-        CHUNK_NBYTES bytes at most.
+        """Queue frames: `head` is a whole frame, or the first one of a message up to its body, of which it
+        carries the first CHUNK_NBYTES bytes at most.
         """
         self.nbytes += len(head) + body_nbytes
         if self._bulk_by_id and id in self._bulk_by_id:
             self._bulk_by_id[id].then.append((head, body, body_nbytes))
-        else:
-            self._add(id, head, body, body_nbytes)
-
-    def _add(self, id: int, head: bytes, body: Sequence[Piece], body_nbytes: int) -> None:
-        if body_nbytes > CHUNK_NBYTES:
+        elif body_nbytes > CHUNK_NBYTES:
             bulk = self._bulk_by_id[id] = _Bulk(id, head, body, body_nbytes)
             self._bulk.append(bulk)
-        elif body_nbytes <= JOIN_NBYTES:
-            self._pieces.append(b"".join((head, *body)) if body else head)
         else:
             self._pieces.append(head)
             self._pieces += body
-
-    def pieces(self) -> list[Piece]:
-        """What to hand to the kernel next, in order; empty where nothing waits. Say `sent` afterwards."""
-        if not self._pieces and self._bulk:
-            self._take_chunk()
-        return self._pieces
-
-    def sent(self, nbytes: int) -> None:
-        """The kernel took the first `nbytes` bytes of `pieces()`."""
-        self.sent_nbytes += nbytes
-        self.nbytes -= nbytes
-        pieces = self._pieces
-        if not self.nbytes:
-            pieces.clear()
-            return
-        whole = 0
-        # Empty pieces go with what is before them: one left alone would never count as sent.
-        while whole < len(pieces) and nbytes >= len(pieces[whole]):
-            nbytes -= len(pieces[whole])
-            whole += 1
-        del pieces[:whole]
-        if nbytes:
-            pieces[0] = memoryview(pieces[0])[nbytes:]
 
     def drop(self, id: int) -> bool | None:
         """Forget what has not gone yet of a large body, and what was to follow it.
@@ -118,6 +205,31 @@ class Outbox:
         self._bulk.remove(bulk)
         self.nbytes -= bulk.left + len(bulk.head) + sum(len(head) + n for head, _, n in bulk.then)
         return bool(bulk.head)
+
+    # ---- bytes
+
+    def pieces(self) -> list[Piece]:
+        """What to hand to the kernel next, in order; empty where nothing waits. Say `sent` afterwards."""
+        if not self._pieces and self._bulk:
+            self._take_chunk()
+        return self._pieces
+
+    def sent(self, nbytes: int) -> None:
+        """The kernel took the first `nbytes` bytes of `pieces()`."""
+        self.sent_nbytes += nbytes
+        pieces = self._pieces
+        self.nbytes -= nbytes
+        if not self.nbytes:
+            pieces.clear()
+            return
+        whole = 0
+        # Empty pieces go with what is before them: one left alone would never count as sent.
+        while whole < len(pieces) and nbytes >= len(pieces[whole]):
+            nbytes -= len(pieces[whole])
+            whole += 1
+        del pieces[:whole]
+        if nbytes:
+            pieces[0] = memoryview(pieces[0])[nbytes:]
 
     def _take_chunk(self) -> None:
         """Move one piece of the large body whose turn it is to where the kernel takes it from."""
@@ -136,8 +248,14 @@ class Outbox:
             return
         del self._bulk_by_id[bulk.id]
         while bulk.then:
-            self._add(bulk.id, *bulk.then.popleft())
+            head, body, body_nbytes = bulk.then.popleft()
+            self.nbytes -= len(head) + body_nbytes  # `add` counts it again
+            self.add(bulk.id, head, body, body_nbytes)
             follower = self._bulk_by_id.get(bulk.id)
             if follower is not None:
                 follower.then = bulk.then
                 return
+
+
+def _misfit() -> LocalProtocolError:
+    return LocalProtocolError("a Tensor's data is not of the size that its dtype and shape say")

@@ -7,12 +7,9 @@ second. Any TransportError that `received`, `eof` or `tick` raises is the connec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from secrets import token_bytes
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from splitinfer import __version__
 from splitinfer.errors import (
-    AuthenticationError,
     ConnectionLost,
     LimitExceeded,
     Overloaded,
@@ -22,42 +19,28 @@ from splitinfer.errors import (
 )
 from splitinfer.transport.buffers import POOL, BufferPool
 from splitinfer.transport.frames import (
-    AUTH,
     CANCEL,
-    CHUNK_NBYTES,
     CREDIT,
     END,
     ERROR,
     GOAWAY,
-    HELLO,
     ITEM,
     PING,
     PONG,
     REPLY,
     REQUEST,
     WELCOME,
-    ZEROS,
-    Layout,
     Limits,
-    layout_of,
     pack_frame,
     pack_map,
-    pack_table,
 )
-from splitinfer.transport.handshake import (
-    MAX_HELLO,
-    NONCE_NBYTES,
-    Authenticator,
-    Hello,
-    Role,
-    error_from,
-    error_map,
-)
-from splitinfer.transport.inbox import Inbox, Message
-from splitinfer.transport.outbox import Outbox, Piece
-from splitinfer.transport.tensors import Array, TensorSpec, data_of, spec_of
+from splitinfer.transport.handshake import MAX_HELLO, Authenticator, Handshake, Role, error_from, error_map
+from splitinfer.transport.inbox import Inbox
+from splitinfer.transport.messages import Message
+from splitinfer.transport.outbox import Codec, Outbox
+from splitinfer.transport.tensors import Array
 
-__all__ = ["STREAM_WINDOW", "TICK_SECONDS", "Codec", "Connection"]
+__all__ = ["STREAM_WINDOW", "TICK_SECONDS", "Connection"]
 
 TICK_SECONDS: Final = 1.0
 STREAM_WINDOW: Final = 8  # ITEMs that may come before the first CREDIT
@@ -68,26 +51,7 @@ _HANDSHAKE_TICKS: Final = 10
 _STALL_TICKS: Final = 10
 _STALL_NBYTES: Final = 16 * 1024  # at least this much has to move in so many ticks: 13 kbit/s
 _HIGH_WATER: Final = 8 << 20  # above it nothing more is taken on: no PONG, and a server stops reading
-
-
-class Codec(Protocol):
-    """Other forms in which a tensor may travel. `encodings` are those that this side can decode.
-
-    It is not asked for messages whose tensors have less than `min_nbytes` bytes together. `link_rate` is the
-    link's throughput in bytes/s, set by whoever measures it; None where nobody knows.
-    """
-
-    encodings: frozenset[int]
-    min_nbytes: int
-    link_rate: float | None
-
-    def decode(self, encoding: int, spec: TensorSpec, wire: memoryview, out: memoryview, /) -> None:
-        """As `inbox.Decoder`."""
-
-    def encode(
-        self, spec: TensorSpec, data: memoryview, accepted: frozenset[int]
-    ) -> tuple[int, Sequence[Piece], int] | None:
-        """(encoding, pieces, their nbytes together) in an encoding the peer accepts; None: as it is."""
+_MAX_ERROR: Final = 1 << 16
 
 
 class _Stall:
@@ -108,9 +72,11 @@ class _Stall:
 
 
 class Connection:
-    """One end of one connection. `info` is what a server says of itself; on the client it arrives.
+    """One end of one connection. `limits` bound what this end accepts.
 
-    `limits` bound what this end accepts; `peer_limits`, known once `open`, what it may send.
+    `info` makes what a server says of itself; `binding` is what both ends know of the TLS session beneath.
+    Put received bytes into `buffer()` and call `received`; send what `outbox.pieces()` gives and call
+    `outbox.sent`.
     """
 
     def __init__(
@@ -128,48 +94,61 @@ class Connection:
         self.role = role
         self.peer = peer
         self.limits = limits or Limits()
-        self.peer_limits = self.limits
-        self.info: dict[str, Any] = {}
         self.open = False
-        self.draining = False  # the one who answers has said GOAWAY
-        self.outbox = Outbox()
-        self.inbox = Inbox(self.limits, self._admit, decode=codec.decode if codec else None, pool=pool)
-        self._make_info = info
-        self._authenticator = authenticator
-        self._transcript = binding
+        self.draining = False  # the server has said GOAWAY
+        self.outbox = Outbox(self.limits)
         self._codec = codec
-        self._encoding: Codec | None = None  # the codec, once the peer has listed a form of it
-        self._accepted: frozenset[int] = frozenset()
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
-        self._last_id = 0
-        # Calls in flight. A client's: True until it was cancelled here. A server's: bytes held for it.
+        self.inbox = Inbox(self.limits, self._admit, decode=codec.decode if codec else None, pool=pool)
+        self._handshake = Handshake(
+            role,
+            limits=self.limits,
+            encodings=codec.encodings if codec else frozenset(),
+            make_info=info,
+            authenticator=authenticator,
+            binding=binding,
+            peer=peer,
+        )
+        self.made = 0  # calls so far: the last id
+        # Calls in flight. A client's: 1, or 0 once cancelled here. A server's: bytes held for it.
         self._calls: dict[int, int] = {}
         self._held_nbytes = 0
+        self._landing: set[int] = set()
         self._credit: dict[int, int] = {}
-        self._greeted = False
-        self._heard = True
+        self._heard_nbytes = 0
         self._silent_ticks = self._open_ticks = 0
         self._reading, self._writing = _Stall(), _Stall()
-        if role == "client":
-            self._send_hello()
-        else:
-            # Until the token was proved: handshake frames only, and small ones.
-            self.inbox.handshaking = True
-            self.inbox.limits = Limits(max_table=1, max_meta=MAX_HELLO, max_body=1)
+        if role == "server":
+            self.inbox.allow(Limits(max_table=1, max_meta=MAX_HELLO, max_body=1), handshake_only=True)
+        for frame in self._handshake.start():
+            self.outbox.add(0, frame)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the server says of itself; empty until the connection is open."""
+        return self._handshake.info
+
+    @property
+    def calls(self) -> int:
+        """Calls in flight."""
+        return len(self._calls)
+
+    @property
+    def choked(self) -> bool:
+        """True where so much waits to be sent that a server should read no more."""
+        return self.outbox.nbytes >= _HIGH_WATER
 
     # ---- bytes in
 
     def buffer(self) -> memoryview:
-        """Where the next bytes belong."""
-        return self.inbox.buffer()
+        """Where the next bytes belong; never empty."""
+        return self.inbox.buffer
 
     def received(self, nbytes: int) -> list[Message]:
         """`nbytes` bytes were put into `buffer()`: the messages that concern the caller.
 
-        REQUEST and CANCEL on a server; REPLY, ITEM, END, ERROR, PONG, GOAWAY and the WELCOME that opens the
-        connection on a client.
+        REQUEST, CANCEL and CREDIT on a server; REPLY, ITEM, END, ERROR, PONG, GOAWAY and the WELCOME that
+        opens the connection on a client.
         """
-        self._heard = True
         messages = self.inbox.received(nbytes)
         # Nearly always there is one, and nearly always it is for the caller.
         if len(messages) == 1:
@@ -179,181 +158,150 @@ class Connection:
     def eof(self) -> TransportError:
         """The peer closed its side: why the connection is lost."""
         when = (
-            "in the middle of a frame" if self.inbox.unfinished else "without a word" if not self.open else ""
+            " in the middle of a frame" if self.inbox.unfinished else "" if self.open else " without a word"
         )
-        return ConnectionLost(f"{self.peer} closed the connection {when}".rstrip(), peer=self.peer)
+        return ConnectionLost(f"{self.peer} closed the connection{when}", peer=self.peer)
 
     def _accept(self, message: Message) -> bool:
         """The protocol's own part of a message; True where the caller has to see it."""
-        kind = message.kind
-        if kind == REQUEST:
-            return message.tensors is not None
-        if kind in (REPLY, ITEM, END, ERROR):
-            return self._accept_answer(message)
+        kind, id = message.kind, message.id
+        if self.role == "client":
+            if kind == REPLY:
+                if id in self._calls:
+                    return self._calls.pop(id) != 0
+                raise _unasked(self.peer)
+            if kind in (END, ERROR):
+                return self._accept_last(message)
+            if kind == ITEM:
+                return self._accept_item(id)
+            if kind == GOAWAY:
+                self.draining = True
+                return True
+        else:
+            if kind == REQUEST:
+                if id in self._landing:
+                    self._landing.discard(id)
+                    return not message.refused
+                return self._admit_request(message) and not message.refused
+            if kind == CANCEL:
+                return self._accept_cancel(id)
+            if kind == CREDIT:
+                return id in self._calls
         if kind == PING:
-            if self.outbox.nbytes < _HIGH_WATER:
-                self.outbox.add(0, pack_frame(PONG, message.id))
+            if not self.choked:
+                self.outbox.add(0, pack_frame(PONG, id))
             return False
-        if kind == CANCEL and self.role == "server":
-            return self._accept_cancel(message.id)
-        if kind == CREDIT and self.role == "server":
-            return message.id in self._calls
         if kind == PONG:
-            return message.id != 0
-        if kind == GOAWAY and self.role == "client":
-            self.draining = True
-            return True
-        if not self.open:
-            return self._shake_hands(message)
+            return id != 0
+        if kind <= WELCOME and not self.open:
+            return self._accept_handshake(message)
+        if kind == ERROR and id == 0:
+            raise error_from(message.meta, self.peer)
         raise RemoteProtocolError(f"a frame of kind {kind} has no place here", peer=self.peer)
+
+    def _accept_handshake(self, message: Message) -> bool:
+        handshake = self._handshake
+        for frame in handshake.receive(message):
+            self.outbox.add(0, frame)
+        if handshake.hello is not None:
+            self.outbox.limits = handshake.hello.limits
+            self.outbox.accepted = handshake.hello.encodings
+            if self._codec is not None and self._codec.encodings & handshake.hello.encodings:
+                self.outbox.codec = self._codec
+        if not handshake.done:
+            return False
+        self.open = True
+        self.inbox.allow(self.limits, handshake_only=False)
+        return self.role == "client"
 
     def _admit(self, message: Message) -> bool:
         """Asked by the inbox before memory is taken for a message."""
-        id = message.id
-        if message.kind != REQUEST:
-            state = self._calls.get(id)
-            if self.role != "client" or state is None:
-                raise RemoteProtocolError("an answer to a call that was not made", peer=self.peer)
-            return bool(state)
-        if self.role != "server" or id == 0 or id in self._calls:
+        if message.kind == REQUEST and self.role == "server":
+            admitted = self._admit_request(message)
+            self._landing.add(message.id)
+            return admitted
+        state = self._calls.get(message.id)
+        if self.role == "server" or state is None:
+            raise _unasked(self.peer)
+        return bool(state)
+
+    def _admit_request(self, message: Message) -> bool:
+        id, limits = message.id, self.limits
+        if id == 0 or id in self._calls or id in self._landing:
             raise RemoteProtocolError(f"request id {id} is not free", peer=self.peer)
         full = ""
         if self.draining:
             full = "the node is draining"
-        elif len(self._calls) >= self.limits.max_calls:
-            full = f"{len(self._calls)} calls are in flight on this connection"
-        elif self._held_nbytes + message.nbytes > self.limits.max_buffered:
+        elif len(self._calls) >= limits.max_calls:
+            full = f"{limits.max_calls} calls are in flight on this connection"
+        elif self._held_nbytes + message.nbytes > limits.max_buffered:
             full = f"calls in flight on this connection hold {self._held_nbytes:,} bytes"
-        self._calls[id] = 0
         if full:
+            self._calls[id] = 0
             self.error(id, Overloaded(full, remedy="Try again later, or another node."))
             return False
         self._calls[id] = message.nbytes
         self._held_nbytes += message.nbytes
         return True
 
-    def _accept_answer(self, message: Message) -> bool:
+    def _accept_last(self, message: Message) -> bool:
+        """The end of a stream, or of a call that failed."""
         id, kind = message.id, message.kind
-        if id == 0 and kind == ERROR:
+        if kind == ERROR and id == 0:
             raise error_from(message.meta, self.peer)
-        known = self._calls.get(id)
-        if self.role != "client" or known is None:
-            raise RemoteProtocolError("an answer to a call that was not made", peer=self.peer)
-        if kind == ITEM:
-            left = self._credit.get(id, STREAM_WINDOW)
-            if not left:
-                raise RemoteProtocolError("more items of a stream than were allowed", peer=self.peer)
-            self._credit[id] = left - 1
-            return bool(known)
-        del self._calls[id]
-        if kind != REPLY:
-            self._credit.pop(id, None)
-            self.inbox.drop(id)
-            if kind == ERROR and self.outbox.drop(id) is not None:
-                # Refused while its body was still on the way: tell the peer that no more of it comes.
-                self.outbox.add(0, pack_frame(CANCEL, id))
-        return bool(known)
+        state = self._calls.pop(id, None)
+        if state is None:
+            raise _unasked(self.peer)
+        self._credit.pop(id, None)
+        self.inbox.drop(id)
+        if kind == ERROR and self.outbox.drop(id) is not None:
+            # Refused while its body was still on the way: tell the server that no more of it comes.
+            self.outbox.add(0, pack_frame(CANCEL, id))
+        return state != 0
+
+    def _accept_item(self, id: int) -> bool:
+        state = self._calls.get(id)
+        if state is None:
+            raise _unasked(self.peer)
+        left = self._credit.get(id, STREAM_WINDOW)
+        if not left:
+            raise RemoteProtocolError("more items of a stream than were allowed", peer=self.peer)
+        self._credit[id] = left - 1
+        return state != 0
 
     def _accept_cancel(self, id: int) -> bool:
+        dropped = self.inbox.drop(id)
+        self._landing.discard(id)
         if id in self._calls:
-            if not self.inbox.drop(id):
+            if not dropped:
                 return True
             self.error(id, _cancelled())
-        elif self.inbox.drop(id) is False and self.outbox.drop(id) is not None:
+        elif not dropped and self.outbox.drop(id) is not None:
             # The answer was on its way; what is missing of it will not come.
-            self.outbox.add(0, pack_frame(ERROR, id, meta=pack_map(error_map(_cancelled()), 1 << 16)))
+            self.outbox.add(0, pack_frame(ERROR, id, meta=pack_map(error_map(_cancelled()), _MAX_ERROR)))
         return False
 
-    # ---- handshake
-
-    def _send_hello(self) -> None:
-        self._own_hello = Hello(
-            token_bytes(NONCE_NBYTES),
-            self.limits,
-            f"splitinfer/{__version__}",
-            self._codec.encodings if self._codec else frozenset(),
-            self.role == "server" and self._authenticator is not None,
-        )
-        self._own_meta = pack_map(self._own_hello.to_map(), MAX_HELLO)
-        self.outbox.add(0, pack_frame(HELLO, meta=self._own_meta))
-
-    def _shake_hands(self, message: Message) -> bool:
-        """One handshake frame, each of which has one place. True for the WELCOME that opens a client."""
-        kind, client = message.kind, self.role == "client"
-        if kind == HELLO and not self._greeted:
-            self._greeted = True
-            self._greet(message)
-            return False
-        if self._greeted and kind == (WELCOME if client else AUTH):
-            proof = message.meta.get("proof", b"")
-            self._check_proof("server" if client else "client", proof if type(proof) is bytes else b"")
-            if client:
-                info = message.meta.get("info", {})
-                if type(info) is not dict:
-                    raise RemoteProtocolError("the peer's info is not a map", peer=self.peer)
-                self.info = info
-            else:
-                self.info = self._make_info() if self._make_info else {}
-                meta = {"proof": self._prove(), "info": self.info}
-                self.outbox.add(0, pack_frame(WELCOME, meta=pack_map(meta, self.peer_limits.max_meta)))
-            self.open = True
-            self.inbox.handshaking = False
-            self.inbox.limits = self.limits
-            return client
-        raise RemoteProtocolError(f"a handshake frame of kind {kind} out of its turn", peer=self.peer)
-
-    def _greet(self, message: Message) -> None:
-        hello = Hello.from_map(message.meta)
-        theirs = message.packed_meta
-        self.peer_limits = hello.limits
-        self._accepted = hello.encodings
-        if self._codec is not None and hello.encodings & self._codec.encodings:
-            self._encoding = self._codec
-        if self.role == "server":
-            self._send_hello()
-            self._transcript = theirs + self._own_meta + self._transcript
-            return
-        self._transcript = self._own_meta + theirs + self._transcript
-        if hello.auth and self._authenticator is None:
-            raise AuthenticationError(
-                f"{self.peer} asks for a token", peer=self.peer, remedy="Give the token's file."
-            )
-        if self._authenticator is not None and not hello.auth:
-            raise AuthenticationError(
-                f"{self.peer} asks for no token, so it cannot prove that it is yours",
-                peer=self.peer,
-                remedy="Start the node with the token, or connect without one.",
-            )
-        self.outbox.add(0, pack_frame(AUTH, meta=pack_map({"proof": self._prove()}, MAX_HELLO)))
-
-    def _prove(self) -> bytes:
-        return self._authenticator.prove(self.role, self._transcript) if self._authenticator else b""
-
-    def _check_proof(self, role: Role, proof: bytes) -> None:
-        if self._authenticator is not None and not self._authenticator.verify(role, self._transcript, proof):
-            raise AuthenticationError(
-                f"{self.peer} does not know the token", peer=self.peer, remedy="Use one token on both sides."
-            )
-
-    # ---- calls out
+    # ---- a client's calls
 
     def request(
-        self, method: str, tensors: Sequence[Array], meta: dict[str, Any], milliseconds_left: int
+        self, method: str, tensors: Sequence[Array], meta: dict[str, Any] | None, milliseconds_left: int
     ) -> int:
         """Queue one call; returns its id. Raises LocalProtocolError, Overloaded; then nothing was queued."""
         if self.draining:
             raise Overloaded(f"{self.peer} is draining", peer=self.peer, remedy="Use another node.")
-        if len(self._calls) >= self.peer_limits.max_calls:
-            limit = self.peer_limits.max_calls
+        limit = self.outbox.limits.max_calls
+        if len(self._calls) >= limit:
             raise LimitExceeded(
                 f"{limit} calls are in flight to {self.peer}",
                 limit_name="max_calls",
                 value=limit + 1,
                 limit=limit,
+                peer=self.peer,
+                remedy="Wait for answers before making more calls.",
             )
-        id = self._last_id + 1
-        self._send(REQUEST, id, method, tensors, meta, milliseconds_left)
-        self._last_id = id
+        id = self.made + 1
+        self.outbox.send(REQUEST, id, method, tensors, meta, milliseconds_left)
+        self.made = id
         self._calls[id] = 1
         return id
 
@@ -372,18 +320,18 @@ class Connection:
             self._credit[id] = self._credit.get(id, STREAM_WINDOW) + items
             self.outbox.add(0, pack_frame(CREDIT, id, value=items))
 
-    # ---- answers out
+    # ---- a server's answers. To a call that is not in flight any more they do nothing.
 
     def reply(self, id: int, tensors: Sequence[Array], meta: dict[str, Any]) -> None:
         """The answer to a call. Raises LocalProtocolError; then nothing was queued and the call is open."""
         if id in self._calls:
-            self._send(REPLY, id, "", tensors, meta, 0)
+            self.outbox.send(REPLY, id, "", tensors, meta)
             self._held_nbytes -= self._calls.pop(id)
 
     def item(self, id: int, tensors: Sequence[Array], meta: dict[str, Any]) -> None:
-        """One answer of a stream. The caller counts credit."""
+        """One answer of a stream; the caller counts credit. Raises LocalProtocolError as `reply` does."""
         if id in self._calls:
-            self._send(ITEM, id, "", tensors, meta, 0)
+            self.outbox.send(ITEM, id, "", tensors, meta)
 
     def end(self, id: int) -> None:
         """The end of a stream."""
@@ -395,23 +343,7 @@ class Connection:
         """The call failed, or with id 0 the connection."""
         if id == 0 or id in self._calls:
             self._held_nbytes -= self._calls.pop(id, 0)
-            self.outbox.add(id, pack_frame(ERROR, id, meta=pack_map(error_map(error), 1 << 16)))
-
-    # ---- both ways
-
-    @property
-    def compresses(self) -> bool:
-        """True where what is sent depends on the link's throughput."""
-        return self._encoding is not None
-
-    def set_link_rate(self, rate: float | None) -> None:
-        """The link's throughput in bytes/s was measured."""
-        if self._encoding is not None:
-            self._encoding.link_rate = rate
-
-    def ping(self, id: int = 0) -> None:
-        """The peer answers with a PONG of the same id."""
-        self.outbox.add(0, pack_frame(PING, id))
+            self.outbox.add(id, pack_frame(ERROR, id, meta=pack_map(error_map(error), _MAX_ERROR)))
 
     def goaway(self) -> None:
         """Calls made from now on are refused; those in flight will be answered."""
@@ -419,21 +351,28 @@ class Connection:
             self.outbox.add(0, pack_frame(GOAWAY))
         self.draining = True
 
-    @property
-    def calls(self) -> int:
-        """Calls in flight."""
-        return len(self._calls)
+    # ---- both
+
+    def ping(self, id: int = 0) -> None:
+        """The peer answers with a PONG of the same id; one of id 0 is not reported."""
+        self.outbox.add(0, pack_frame(PING, id))
 
     @property
-    def choked(self) -> bool:
-        """True where so much waits to be sent that a server should read no more."""
-        return self.outbox.nbytes >= _HIGH_WATER
+    def compresses(self) -> bool:
+        """True where what is sent depends on the link's throughput."""
+        return self.outbox.codec is not None
+
+    def set_link_rate(self, rate: float | None) -> None:
+        """The link's throughput in bytes/s was measured."""
+        if self.outbox.codec is not None:
+            self.outbox.codec.link_rate = rate
 
     def tick(self) -> None:
         """One second has passed. Raises ConnectionLost for a peer that is gone or too slow."""
         # While choked a server does not listen; whether the peer is there shows in what it takes.
-        self._silent_ticks = 0 if self._heard or self.choked else self._silent_ticks + 1
-        self._heard = False
+        heard = self.inbox.nbytes > self._heard_nbytes or self.choked
+        self._silent_ticks = 0 if heard else self._silent_ticks + 1
+        self._heard_nbytes = self.inbox.nbytes
         if self._silent_ticks >= _LOST_AFTER:
             raise ConnectionLost(f"{self.peer} has been silent for {_LOST_AFTER} s", peer=self.peer)
         if self._silent_ticks == _PING_AFTER and self.open:
@@ -446,44 +385,9 @@ class Connection:
         if self._reading.found(self.inbox.unfinished and not self.choked, self.inbox.nbytes):
             raise ConnectionLost(f"{self.peer} sends too slowly", peer=self.peer)
 
-    def _send(
-        self, kind: int, id: int, method: str, tensors: Sequence[Array], meta: dict[str, Any], value: int
-    ) -> None:
-        limits = self.peer_limits
-        packed = pack_map(meta, limits.max_meta) if meta else b""
-        table, padding, nbytes = layout_of(method, tensors, limits, self._layouts)
-        if self._encoding and nbytes >= self._encoding.min_nbytes:
-            table, body, nbytes = self._encoded(self._encoding, method, tensors)
-        else:
-            body = []
-            for tensor, zeros in zip(tensors, padding, strict=True):
-                body.append(data_of(tensor))
-                if zeros:
-                    body.append(zeros)
-        if self.outbox.nbytes + nbytes > limits.max_buffered:
-            raise LimitExceeded(
-                f"{self.outbox.nbytes:,} bytes already wait for {self.peer}",
-                limit_name="max_buffered",
-                value=self.outbox.nbytes + nbytes,
-                limit=limits.max_buffered,
-                peer=self.peer,
-                remedy="Wait for answers before sending more.",
-            )
-        first = min(nbytes, CHUNK_NBYTES)
-        self.outbox.add(id, pack_frame(kind, id, table, packed, first, value), body, nbytes)
 
-    def _encoded(self, codec: Codec, method: str, tensors: Sequence[Array]) -> tuple[bytes, list[Piece], int]:
-        """Table, body and its nbytes with each tensor in the form that the codec chose."""
-        rows, body, total = [], list[Piece](), 0
-        for tensor in tensors:
-            spec, data = spec_of(tensor), data_of(tensor)
-            encoded = codec.encode(spec, data, self._accepted)
-            encoding, pieces, nbytes = encoded or (0, (data,), data.nbytes)
-            rows.append((spec, encoding, nbytes))
-            body += pieces
-            body.append(ZEROS[-nbytes % 64])
-            total += nbytes + len(body[-1])
-        return pack_table(method, rows, self.peer_limits), body, total
+def _unasked(peer: str) -> RemoteProtocolError:
+    return RemoteProtocolError("an answer to a call that was not made", peer=peer)
 
 
 def _cancelled() -> RemoteError:

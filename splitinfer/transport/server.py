@@ -33,10 +33,9 @@ from splitinfer.transport.deadlines import Deadlines
 from splitinfer.transport.endpoints import listen, tune
 from splitinfer.transport.frames import CANCEL, CREDIT, ERROR, REQUEST, pack_frame, pack_map
 from splitinfer.transport.handshake import error_map
-from splitinfer.transport.inbox import Message
+from splitinfer.transport.messages import Message, Reply
 from splitinfer.transport.protocol import STREAM_WINDOW, Connection
 from splitinfer.transport.security import TokenAuthenticator, check_exposure
-from splitinfer.transport.session import Reply
 from splitinfer.transport.sockets import Link
 from splitinfer.transport.tensors import Array, Tensor
 from splitinfer.transport.tls import TlsStream
@@ -60,7 +59,7 @@ class Call:
     __slots__ = ("deadline", "meta", "method", "peer", "tensors")
 
     def __init__(
-        self, method: str, meta: dict[str, Any], tensors: list[Tensor], deadline: float, peer: str
+        self, method: str, meta: dict[str, Any], tensors: Sequence[Tensor], deadline: float, peer: str
     ) -> None:
         self.method = method
         self.meta = meta
@@ -295,7 +294,7 @@ class _Peer:
     def _begin(self, message: Message) -> None:
         limit = self._server.config.call_timeout
         deadline = monotonic() + (min(message.value / 1000, limit) if message.value else limit)
-        call = Call(message.method, message.meta, message.tensors or [], deadline, self.connection.peer)
+        call = Call(message.method, message.meta, message.tensors, deadline, self.connection.peer)
         try:
             handler = self._server.handler(message.method)
             if handler is None:

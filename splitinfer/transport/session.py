@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, inf
 from time import monotonic
 from typing import Any, Final, Self
@@ -31,26 +31,18 @@ from splitinfer.transport.codec import TensorCodec
 from splitinfer.transport.config import ClientConfig
 from splitinfer.transport.deadlines import Deadlines
 from splitinfer.transport.endpoints import dial
-from splitinfer.transport.frames import ERROR, ITEM, PONG, REPLY, WELCOME
+from splitinfer.transport.frames import END, ERROR, ITEM, PONG, REPLY, WELCOME
 from splitinfer.transport.handshake import error_from
-from splitinfer.transport.inbox import Message
+from splitinfer.transport.messages import Message, Reply
 from splitinfer.transport.protocol import Connection
 from splitinfer.transport.security import TokenAuthenticator
 from splitinfer.transport.sockets import Link
 from splitinfer.transport.tensors import Array
 from splitinfer.transport.tls import TlsStream
 
-__all__ = ["Reply", "Session", "SingleCall", "Stats", "StreamCall"]
+__all__ = ["Session", "SingleCall", "Stats", "StreamCall"]
 
 _MAX_MS: Final = (1 << 32) - 1
-
-
-@dataclass(slots=True)
-class Reply:
-    """An answer: tensors, and a map of plain values beside them. Received ones hold `Tensor`s."""
-
-    tensors: Sequence[Any] = ()
-    meta: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -93,7 +85,7 @@ class SingleCall(asyncio.Future[Reply]):
         """An answer has come; True where it is the last one."""
         if message.kind == REPLY:
             if not self.done():
-                self.set_result(Reply(message.tensors or [], message.meta))
+                self.set_result(message)
             return True
         if message.kind == ERROR:
             assert self.session is not None
@@ -141,7 +133,7 @@ class StreamCall:
         """As SingleCall's. A method that answers once is a stream of one."""
         kind = message.kind
         if kind in (ITEM, REPLY):
-            self._came.append(Reply(message.tensors or [], message.meta))
+            self._came.append(message)
         elif kind == ERROR:
             assert self.session is not None
             self._error = error_from(message.meta, self.session.connection.peer)
@@ -180,7 +172,6 @@ class Session:
         self.calls: dict[int, SingleCall | StreamCall] = {}
         self.link: Link
         self._loop = loop
-        self._calls_made = 0
         self._opened: asyncio.Future[None] = loop.create_future()
         self._deadlines = Deadlines(loop, self._sweep)
         self._pings: dict[int, tuple[float, asyncio.Future[float]]] = {}
@@ -246,18 +237,21 @@ class Session:
     @property
     def stats(self) -> Stats:
         connection = self.connection
-        return Stats(connection.outbox.sent_nbytes, connection.inbox.nbytes, self._calls_made, 0)
+        return Stats(connection.outbox.sent_nbytes, connection.inbox.nbytes, connection.made, 0)
 
     def begin(
         self, call: SingleCall | StreamCall, tensors: Sequence[Array], meta: dict[str, Any] | None
     ) -> None:
         """Send a call's request now. Raises LocalProtocolError, Overloaded: then nothing was sent."""
-        left = min(max(ceil(call.timeout * 1000), 1), _MAX_MS)
-        id = call.id = self.connection.request(call.method, tensors, meta or {}, left)
+        left = ceil(call.timeout * 1000)
+        if not 0 < left <= _MAX_MS:
+            left = 1 if left <= 0 else _MAX_MS
+        id = self.connection.request(call.method, tensors, meta, left)
+        self.link.flush()
+        # The bytes are on their way: from here on the other side works too.
+        call.id = id
         call.session = self
         self.calls[id] = call
-        self._calls_made += 1
-        self.link.flush()
         if call.deadline < self._deadlines.at:
             self._deadlines.watch(call.deadline)
 
@@ -289,16 +283,21 @@ class Session:
     # ---- what the link tells
 
     def on_message(self, message: Message) -> None:
-        call = self.calls.get(message.id)
-        if message.kind == PONG:
+        if message.kind == REPLY:
+            call = self.calls.pop(message.id, None)
+            if call is not None:
+                call.take(message)
+        elif message.kind == PONG:
             sent, pong = self._pings.get(message.id, (0.0, None))
             if pong is not None and not pong.done():
                 pong.set_result(monotonic() - sent)
         elif message.kind == WELCOME:
             if not self._opened.done():
                 self._opened.set_result(None)
-        elif call is not None and call.take(message):
-            self.calls.pop(message.id, None)
+        elif message.kind in (ITEM, END, ERROR):
+            call = self.calls.get(message.id)
+            if call is not None and call.take(message):
+                self.calls.pop(message.id, None)
 
     def on_lost(self, error: TransportError) -> None:
         self._deadlines.close()

@@ -22,7 +22,7 @@ from splitinfer.errors import (
 )
 from splitinfer.transport.certificates import map_tls_error
 from splitinfer.transport.endpoints import delivery_rate
-from splitinfer.transport.inbox import Message
+from splitinfer.transport.messages import Message
 from splitinfer.transport.outbox import Piece
 from splitinfer.transport.protocol import TICK_SECONDS, Connection
 from splitinfer.transport.tls import TlsStream
@@ -37,6 +37,7 @@ class Stream(Protocol):
     """Non-blocking bytes. Both raise BlockingIOError where nothing can be done now, OSError when broken."""
 
     def recv_into(self, buffer: memoryview, /) -> int: ...
+    def send(self, buffer: Piece, /) -> int: ...
     def sendmsg(self, buffers: Sequence[Piece], /) -> int: ...
 
 
@@ -63,10 +64,11 @@ class Link:
         self._loop = loop
         self._sock = sock
         self._fd = sock.fileno()
-        self._stream: Stream = tls or sock
         self._tls = tls
+        stream: Stream = tls or sock
+        self._recv_into, self._send, self._sendmsg = stream.recv_into, stream.send, stream.sendmsg
         self._owner = owner
-        self._outbox = connection.outbox
+        self._inbox, self._outbox = connection.inbox, connection.outbox
         self._writing = self._paused = False
         self._idle: asyncio.Future[None] | None = None
         loop.add_reader(self._fd, self._readable)
@@ -83,9 +85,10 @@ class Link:
         try:
             while outbox.nbytes or (self._tls is not None and self._tls.unsent):
                 pieces = outbox.pieces()
-                if len(pieces) > _MAX_PIECES:
-                    pieces = pieces[:_MAX_PIECES]
-                outbox.sent(self._stream.sendmsg(pieces))
+                if len(pieces) == 1:
+                    outbox.sent(self._send(pieces[0]))
+                else:
+                    outbox.sent(self._sendmsg(pieces[:_MAX_PIECES]))
         except BlockingIOError:
             self._writing = True
             self._loop.add_writer(self._fd, self._writable)
@@ -108,11 +111,11 @@ class Link:
             self._idle.set_result(None)
 
     def _readable(self) -> None:
-        connection = self.connection
+        connection, inbox = self.connection, self._inbox
         try:
             for _ in range(_READS_PER_EVENT):
-                buffer = connection.buffer()
-                nbytes = self._stream.recv_into(buffer)
+                buffer = inbox.buffer
+                nbytes = self._recv_into(buffer)
                 if not nbytes:
                     self.abort(connection.eof())
                     return

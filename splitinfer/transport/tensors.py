@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from ctypes import string_at
 from math import prod
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, Union, cast
 
@@ -18,9 +19,21 @@ from splitinfer.errors import LocalProtocolError, RemoteProtocolError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "DTYPE_BY_CODE", "Array", "DType", "Tensor", "TensorSpec", "data_of", "spec_of"]
+__all__ = [
+    "DTYPES",
+    "DTYPE_BY_CODE",
+    "Array",
+    "DType",
+    "Joinable",
+    "Tensor",
+    "TensorSpec",
+    "data_of",
+    "is_plain",
+    "joinable",
+    "spec_of",
+]
 
-NumpyArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+NumpyArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 class DType(NamedTuple):
@@ -56,6 +69,7 @@ _TABLE: Final = (
     _row("float8_e5m2", 17, 1, in_numpy=False),
 )
 DTYPES: Final = {row.name: row for row in _TABLE}
+_LENT: Final[dict[int, np.dtype[Any]]] = {1: np.dtype(np.uint8), 2: np.dtype(np.int16)}
 DTYPE_BY_CODE: Final = {row.code: row for row in _TABLE}
 
 
@@ -100,25 +114,29 @@ class Tensor:
                 f"numpy has no {self.dtype}",
                 remedy="Take .torch(), or numpy.frombuffer(tensor.data, numpy.uint8) for the bare bytes.",
             )
-        self._check_bool()
-        return np.frombuffer(self.data, dtype).reshape(self.shape)
+        if self.dtype == "bool":
+            self._check_bool()
+        return np.ndarray(self.shape, dtype, self.data)
 
     def torch(self) -> torch.Tensor:
         """The tensor as a torch CPU tensor on the same memory. Raises RemoteProtocolError as `numpy` does."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.dtype)
-        self._check_bool()
+        if self.dtype == "bool":
+            self._check_bool()
         if not self.data.nbytes:
             return torch.empty(self.shape, dtype=dtype)
-        if (
-            self.data.readonly
-        ):  # only where a sender's own Tensor is read back; torch has no read-only tensors
-            return torch.frombuffer(bytearray(self.data), dtype=dtype).view(self.shape)
-        return torch.frombuffer(self.data, dtype=dtype).view(self.shape)
+        # Twice as fast as torch.frombuffer, with a numpy type of the same size where numpy lacks this one.
+        row = DTYPES[self.dtype]
+        lent: NumpyArray = np.ndarray(self.shape, row.numpy or _LENT[row.itemsize], self.data)
+        if self.data.readonly:  # a sender's own Tensor, read back; torch has no read-only tensors
+            lent = lent.copy()
+        tensor = torch.from_numpy(lent)
+        return tensor if tensor.dtype is dtype else tensor.view(dtype)
 
     def _check_bool(self) -> None:
-        if self.dtype == "bool" and np.frombuffer(self.data, np.uint8).max(initial=0) > 1:
+        if np.frombuffer(self.data, np.uint8).max(initial=0) > 1:
             raise RemoteProtocolError("a bool tensor holds a byte that is neither 0 nor 1")
 
     def __repr__(self) -> str:
@@ -126,6 +144,7 @@ class Tensor:
 
 
 Array: TypeAlias = Union[NumpyArray, "torch.Tensor", Tensor]
+Joinable: TypeAlias = "bytes | memoryview | NumpyArray"
 
 
 def data_of(array: Array) -> memoryview:
@@ -155,6 +174,37 @@ def data_of(array: Array) -> memoryview:
     raise LocalProtocolError(
         f"a {type(array).__name__} cannot be sent", remedy="Send numpy arrays or torch CPU tensors."
     )
+
+
+def is_plain(array: Array) -> bool:
+    """True where `joinable` may be asked: false for complex numbers, big-endian ones, arrays of odd kinds."""
+    if isinstance(array.dtype, np.dtype):
+        return type(array) is np.ndarray and array.dtype.isnative
+    return "complex" not in str(array.dtype)
+
+
+def joinable(array: Array) -> Joinable:
+    """Something for `bytes.join` that is the array's own bytes, at the least cost for small ones.
+
+    Joining raises TypeError for an array that is not contiguous.
+    """
+    kind = type(array)
+    if kind is np.ndarray:
+        return cast(NumpyArray, array)
+    if kind is Tensor:
+        return cast(Tensor, array).data
+    torch = sys.modules.get("torch")
+    if torch is not None and kind is torch.Tensor:
+        tensor: Any = array
+        if (
+            tensor.is_cpu
+            and tensor.layout is torch.strided
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+        ):
+            # For one copy, a third of what it takes to make a numpy view.
+            return string_at(tensor.data_ptr(), tensor.nbytes)
+    return data_of(array)
 
 
 def _numpy_data(array: NumpyArray) -> memoryview:

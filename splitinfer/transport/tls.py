@@ -106,6 +106,9 @@ class TlsStream:
             self._push()
         return taken
 
+    def send(self, buffer: Piece) -> int:
+        return self.sendmsg((buffer,))
+
     def _push(self) -> None:
         while self.unsent:
             if not self._encrypted:

@@ -260,7 +260,7 @@ def _change_head(frame: bytes, rng: random.Random) -> bytes:
     which = rng.randrange(1, len(fields))
     edges = [*_EDGES, fields[which] + 1, fields[which] - 1, fields[which] ^ (1 << rng.randrange(32))]
     fields[which] = rng.choice(edges)
-    for index, width in enumerate((2, 1, 1, 4, 8, 4, 4, 4, 4)):
+    for index, width in enumerate((3, 1, 4, 8, 4, 4, 4, 4)):
         if index:
             fields[index] &= (1 << 8 * width) - 1
     return HEAD.pack(*fields) + frame[HEAD.size :]

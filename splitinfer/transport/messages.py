@@ -1,0 +1,44 @@
+"""What goes to and fro: the Reply of a handler, and the Message that everything off the wire is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Message", "Reply"]
+
+
+@dataclass(slots=True)
+class Reply:
+    """An answer: tensors, and a map of plain values beside them. Received ones hold `Tensor`s."""
+
+    tensors: Sequence[Any] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Message(Reply):
+    """One message off the wire, whole. A REPLY is handed to its caller as it is.
+
+    `value` is the head's: milliseconds left, or credit. `nbytes` is the memory that its tensors take, with
+    padding. `refused`: its body was not wanted and has been skipped. `packed_meta` is kept of handshake
+    frames only, because the proofs cover it byte by byte.
+    """
+
+    packed_meta: bytes
+    __slots__ = ("id", "kind", "method", "nbytes", "packed_meta", "refused", "value")
+
+    def __init__(
+        self, kind: int, id: int, value: int, meta: dict[str, Any], method: str, nbytes: int
+    ) -> None:
+        self.kind = kind
+        self.id = id
+        self.value = value
+        self.meta = meta
+        self.method = method
+        self.nbytes = nbytes
+        self.tensors = ()
+        self.refused = False
+
+    def __repr__(self) -> str:
+        return f"Reply({list(self.tensors)}, {self.meta})"
