@@ -26,6 +26,7 @@ __all__ = ["FILE_NAME", "PREFIX", "Settings", "find_file", "load_settings"]
 
 FILE_NAME = "splitinfer.toml"
 PREFIX = "SPLITINFER_"
+WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
 MAX_FILE_BYTES = 1 << 20  # a settings file larger than this is some other file
 
 T = TypeVar("T")
@@ -103,6 +104,8 @@ class Settings:
     ("0-31,64-95"); `timeout` is in seconds and bounds every call to a node; `context` is in tokens.
     `tls_ca` is a file, or "system" for the authorities of this machine's system. `simulate_*` put an emulated
     link before every node ("20ms", "100mbit").
+    `quant` is the experts' weight format, `quant_*` that of the other parts (None: as stored, but int8 for
+    the others where `quant` is int8 or int4).
     """
 
     model: str = _setting("", _text, is_path=True)
@@ -110,6 +113,11 @@ class Settings:
     device: str = _setting("cpu", _device)
     dtype: str | None = _setting(None, _choice("float32", "bfloat16"))
     threads: int | None = _setting(None, _whole(1, 1024))
+    quant: str | None = _setting(None, _choice(*WEIGHT_FORMATS))
+    quant_attention: str | None = _setting(None, _choice(*WEIGHT_FORMATS))
+    quant_dense: str | None = _setting(None, _choice(*WEIGHT_FORMATS))
+    quant_embeddings: str | None = _setting(None, _choice(*WEIGHT_FORMATS))
+    quant_lm_head: str | None = _setting(None, _choice(*WEIGHT_FORMATS))
     context: int | None = _setting(None, _whole(1, 1 << 24))
     timeout: float = _setting(60.0, _seconds)
     token_file: str | None = _setting(None, _text, is_path=True)

@@ -113,18 +113,20 @@ class AsyncEngine:
     def _keep(self) -> tuple[LocalExperts | None, tuple[int, ...]]:
         """The experts that stay on this machine, and their layers; all of them where there are no nodes."""
         settings, dtype = self.settings, self.settings.torch_dtype()
+        format = settings.quant_config().experts
         if self._addresses:
-            return local_layers(self.checkpoint, settings.local_layers, settings.local_memory, dtype)
+            return local_layers(self.checkpoint, settings.local_layers, settings.local_memory, dtype, format)
         layers = tuple(range(self.config.num_hidden_layers if self.config.enable_moe_block else 0))
         held = dict.fromkeys(layers, range(self.config.num_experts))
-        return LocalExperts(ExpertBank(self.checkpoint, held, dtype=dtype)), layers
+        return LocalExperts(ExpertBank(self.checkpoint, held, dtype=dtype, format=format)), layers
 
     def _load(self, local: LocalExperts | None, kept: tuple[int, ...]) -> Gemma:
         experts: Experts | None = local or self._experts
         if local is not None and self._experts is not None:
             experts = MixedExperts(local, kept, self._experts)
         dtype = self.settings.torch_dtype()
-        gemma = Gemma.load(self.checkpoint, experts, device=self.settings.device, dtype=dtype)
+        quant = self.settings.quant_config()
+        gemma = Gemma.load(self.checkpoint, experts, device=self.settings.device, dtype=dtype, quant=quant)
         self._new_drafter = choose_drafter(self.settings.draft, gemma, self.checkpoint.path)
         return gemma
 

@@ -10,6 +10,7 @@ import torch
 from splitinfer import transport
 from splitinfer.errors import UsageError
 from splitinfer.model.config import ModelConfig
+from splitinfer.model.quantize import QuantConfig
 
 __all__ = ["EngineConfig", "known_options"]
 
@@ -20,6 +21,10 @@ DEFAULT_CONTEXT = 8192  # tokens; a checkpoint may promise 262,144, whose cache 
 class EngineConfig:
     """How to run a model. `context` is in tokens (None: what the model allows, at most `DEFAULT_CONTEXT`),
     `timeout` is the deadline of one expert call in seconds.
+
+    `quant` and `quant_*` are weight formats ("float32", "bfloat16", "int8", "int4") that the checkpoint's
+    weights are converted to when they are loaded: of the experts that run here, and of the other parts, which
+    keep int8 where `quant` is int8 or int4. None keeps what is stored.
 
     `draft` guesses tokens that the model then verifies several at a time, which changes the speed and not the
     tokens: "off", "lookup", a drafter's directory, or "auto" (the model's own drafter, else lookup).
@@ -32,6 +37,11 @@ class EngineConfig:
     device: str = "cpu"
     dtype: str | None = None
     threads: int | None = None
+    quant: str | None = None
+    quant_attention: str | None = None
+    quant_dense: str | None = None
+    quant_embeddings: str | None = None
+    quant_lm_head: str | None = None
     context: int | None = None
     timeout: float = 60.0
     local_layers: str | None = None
@@ -48,6 +58,16 @@ class EngineConfig:
             raise UsageError(f"cannot compute in dtype {self.dtype!r}", remedy="Choose float32 or bfloat16.")
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    def quant_config(self) -> QuantConfig:
+        """The formats by part. Raises UsageError for an unknown one."""
+        return QuantConfig.of(
+            self.quant,
+            attention=self.quant_attention,
+            dense=self.quant_dense,
+            embeddings=self.quant_embeddings,
+            lm_head=self.quant_lm_head,
+        )
 
     def context_of(self, config: ModelConfig) -> int:
         """The context in tokens. Raises UsageError for more than the model was made for."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from splitinfer.errors import UsageError
 from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
+from splitinfer.model.quantize import format_of, packed_nbytes
 from splitinfer.model.weights import Checkpoint
 from splitinfer.placement import parse_ranges, parse_size
 from splitinfer.timing import Timeline
@@ -37,7 +38,11 @@ class MixedExperts:
 
 
 def local_layers(
-    checkpoint: Checkpoint, ranges: str | None, memory: str | None, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    ranges: str | None,
+    memory: str | None,
+    dtype: torch.dtype | None,
+    format: str | None = None,
 ) -> tuple[LocalExperts | None, tuple[int, ...]]:
     """The layers whose experts stay here: those in `ranges` ("0-9"), or the first ones that fit into `memory`
     ("6GiB"); whole layers, because a round trip vanishes only when all of a layer's experts are here.
@@ -53,14 +58,25 @@ def local_layers(
     if ranges is not None:
         layers = parse_ranges(ranges, config.num_hidden_layers, "--local-layers")
     else:
-        # The format decides what a layer takes, so one is asked; they are all alike.
         room = parse_size(memory or "", "--local-memory")
-        one = ExpertBank(checkpoint, {0: everything}, dtype=dtype).nbytes
+        one = layer_nbytes(checkpoint, dtype, format)
         layers = tuple(range(min(config.num_hidden_layers, room // one)))
         if not layers:
             raise UsageError(
                 f"--local-memory {memory} holds no layer: the experts of one take {one / 2**30:.2f} GiB",
                 remedy="Give more memory, or leave it out.",
             )
-    bank = ExpertBank(checkpoint, dict.fromkeys(layers, everything), dtype=dtype)
+    bank = ExpertBank(checkpoint, dict.fromkeys(layers, everything), dtype=dtype, format=format)
     return LocalExperts(bank), layers
+
+
+def layer_nbytes(checkpoint: Checkpoint, dtype: torch.dtype | None, format: str | None) -> int:
+    """Bytes that the experts of one layer take, in the format that an ExpertBank would hold them in."""
+    config, total = checkpoint.config, 0
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    for name, shape in (("gate_up_proj", (2 * inner, hidden)), ("down_proj", (hidden, inner))):
+        group, chosen = checkpoint.stored_as(f"layers.0.experts.{name}", format)
+        if format is None and chosen in ("float32", "bfloat16"):
+            chosen = format_of(dtype) or chosen
+        total += config.num_experts * packed_nbytes(chosen, *shape, group)
+    return total

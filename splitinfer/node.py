@@ -21,6 +21,7 @@ from splitinfer.errors import UsageError
 from splitinfer.model.compute import INLINE_ROWS, submit
 from splitinfer.model.experts import ExpertBank
 from splitinfer.model.hub import resolve_model
+from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.weights import Checkpoint
 from splitinfer.placement import Holding, parse_ranges
 
@@ -34,7 +35,8 @@ DRAIN_TIMEOUT = 10.0  # seconds that calls in flight get to finish when the node
 class ExpertNode:
     """Serve some experts of some layers of a checkpoint.
 
-    `model` is a path or hub id; `experts` and `layers` are range lists such as "0-31,64-95" (None: all).
+    `model` is a path or hub id; `experts` and `layers` are range lists such as "0-31,64-95" (None: all that
+    it has). `quant` is the weight format to hold them in (None: as stored).
     `port` 0 takes a free one; `address` then names it. `threads` bounds the arithmetic (None: torch's
     choice). `config` holds the transport's limits and security.
 
@@ -55,6 +57,7 @@ class ExpertNode:
         host: str = "127.0.0.1",
         port: int = 7077,
         threads: int | None = None,
+        quant: str | None = None,
         config: transport.ServerConfig | None = None,
     ) -> None:
         self._model = model
@@ -62,6 +65,7 @@ class ExpertNode:
         self._layers = layers
         self._bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._threads = threads
+        self._quant = quant
         self._config = config
         self._bank: ExpertBank | None = None
         self._holding: Holding | None = None
@@ -141,9 +145,10 @@ class ExpertNode:
                 f"{checkpoint.path} is a dense model: it has no experts to hold",
                 remedy="Name a checkpoint with a mixture of experts, such as Gemma 4 26B-A4B.",
             )
-        layers = _ids(self._layers, config.num_hidden_layers, "--layers")
-        experts = _ids(self._experts, config.num_experts, "--experts")
-        bank = ExpertBank(checkpoint, dict.fromkeys(layers, experts))
+        layers = _ids(self._layers, checkpoint.held_layers, config.num_hidden_layers, "--layers")
+        experts = _ids(self._experts, checkpoint.held_experts, config.num_experts, "--experts")
+        format = QuantConfig.of(self._quant).experts
+        bank = ExpertBank(checkpoint, dict.fromkeys(layers, experts), format=format)
         return bank, Holding(checkpoint.fingerprint, layers, experts, bank.weight_format)
 
     def _answer(self, call: transport.Call) -> transport.Reply | Awaitable[transport.Reply]:
@@ -162,8 +167,8 @@ class ExpertNode:
         return transport.Reply([partial], {"compute_us": int((perf_counter() - start) * 1e6)})
 
 
-def _ids(ranges: str | None, count: int, flag: str) -> tuple[int, ...]:
-    return tuple(range(count)) if ranges is None else parse_ranges(ranges, count, flag)
+def _ids(ranges: str | None, held: tuple[int, ...], count: int, flag: str) -> tuple[int, ...]:
+    return held if ranges is None else parse_ranges(ranges, count, flag)
 
 
 def _not_started() -> UsageError:

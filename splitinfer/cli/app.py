@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from splitinfer import __version__
-from splitinfer.cli import bench, cert, chat, demo, generate, node
+from splitinfer.cli import bench, cert, chat, demo, generate, node, shard, verify
 from splitinfer.cli.console import INTERRUPTED, prepare_threads, print_error, report
 
 __all__ = ["main", "make_app"]
@@ -65,7 +65,7 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_root)
-    for module in (node, generate, chat, bench, cert, demo):
+    for module in (node, generate, chat, shard, verify, bench, cert, demo):
         app.command(module.__name__.rpartition(".")[2], epilog=module.EPILOG)(module.command)
     return app
 

@@ -45,6 +45,7 @@ def command(
     port: Annotated[
         int | None, typer.Option(help="Port to listen on; 0 takes any free one. Default: 7077.")
     ] = None,
+    quant: options.Quant = None,
     threads: options.Threads = None,
     token_file: options.TokenFile = None,
     tls_cert: TlsCert = None,
@@ -69,6 +70,7 @@ def command(
             "layers": layers,
             "host": host,
             "port": port,
+            "quant": quant,
             "threads": threads,
             "token_file": token_file,
             "tls_cert": tls_cert,
@@ -92,6 +94,7 @@ async def _serve(settings: Settings, *, insecure: bool) -> None:
             host=settings.host,
             port=settings.port,
             threads=settings.threads,
+            quant=settings.quant,
             config=server_config(settings, insecure=insecure),
         )
         await node.start()

@@ -18,6 +18,11 @@ __all__ = [
     "Model",
     "ModelArgument",
     "Nodes",
+    "Quant",
+    "QuantAttention",
+    "QuantDense",
+    "QuantEmbeddings",
+    "QuantLmHead",
     "Seed",
     "Stop",
     "Temperature",
@@ -30,6 +35,7 @@ __all__ = [
 ]
 
 _WHERE = "Where it runs"
+_WEIGHTS = "Weight formats"
 _HOW = "How it samples"
 WHO_MAY = "Who may talk"
 
@@ -68,6 +74,34 @@ Dtype = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads for arithmetic.", rich_help_panel=_WHERE)]
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        help="Weights of the experts: float32, bfloat16, int8, int4. Default: as stored.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+QuantAttention = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        help="Weights of attention. Default: int8 with --quant int8 or int4.",
+        rich_help_panel=_WEIGHTS,
+    ),
+]
+QuantDense = Annotated[
+    str | None,
+    typer.Option(metavar="FORMAT", help="Weights of the dense MLP, likewise.", rich_help_panel=_WEIGHTS),
+]
+QuantEmbeddings = Annotated[
+    str | None,
+    typer.Option(metavar="FORMAT", help="Weights of the embeddings, likewise.", rich_help_panel=_WEIGHTS),
+]
+QuantLmHead = Annotated[
+    str | None,
+    typer.Option(metavar="FORMAT", help="Weights of the lm_head, likewise.", rich_help_panel=_WEIGHTS),
+]
 Context = Annotated[
     int | None,
     typer.Option(metavar="TOKENS", help="Longest prompt and answer together.", rich_help_panel=_WHERE),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from splitinfer.transport.wire_dtypes import WireDtype
 
 __all__ = [
+    "QUANT_NAMES",
     "Request",
     "as_json",
     "client_config",
@@ -30,6 +31,9 @@ __all__ = [
     "print_figures",
     "server_config",
 ]
+
+
+QUANT_NAMES = ("quant", "quant_attention", "quant_dense", "quant_embeddings", "quant_lm_head")
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def server_config(settings: Settings, *, insecure: bool) -> ServerConfig:
 
 def _arguments(settings: Settings) -> dict[str, Any]:
     """The arguments of both engines beside the model."""
-    names = ("nodes", "device", "dtype", "threads", "context", "timeout")
+    names = ["nodes", "device", "dtype", "threads", "context", "timeout"]
+    names += [name for name in QUANT_NAMES if getattr(settings, name) is not None]
     return {name: getattr(settings, name) for name in names} | {"transport": client_config(settings)}
 
 

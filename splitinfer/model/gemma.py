@@ -100,7 +100,8 @@ class _Weights:
         return self.checkpoint.tensor(self.prefix + name).to(self.device, dtype or self.dtype)
 
     def packed(self, name: str, format: str | None) -> Packed:
-        return self.checkpoint.matrix(self.prefix + name + ".weight", format or format_of(self.dtype))
+        name = f"{self.prefix}{name}.weight"
+        return self.checkpoint.matrix(name, format, floating=format_of(self.dtype))
 
     def linear(self, format: str | None, *names: str) -> Linear:
         """Matrices that share their input, as one product."""
@@ -307,6 +308,21 @@ class Gemma:
         with torch.inference_mode():
             dtype = dtype or checkpoint.dtype
             return cls(checkpoint, experts, torch.device(device), dtype, quant or QuantConfig())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices that every token's pass and logits read: all but experts and embeddings."""
+        linears = [self._head]
+        for layer in self._layers:
+            linears += [
+                layer.attention.projections,
+                layer.attention.output,
+                layer.mlp.gate_up,
+                layer.mlp.down,
+            ]
+            if layer.router is not None:
+                linears.append(layer.router.proj)
+        return sum(linear.nbytes for linear in linears)
 
     def new_cache(self) -> KVCache:
         """An empty cache of this model's shapes, on its device."""

@@ -25,7 +25,7 @@ __all__ = ["MappedFile", "TensorEntry"]
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the reference implementation
 MAX_RANK = 8
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-INTEGERS = {"I32": torch.int32, "I64": torch.int64}
+INTEGERS = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # quantised weights, tables of ids
 ITEM_NBYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2,
     "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,

@@ -34,6 +34,7 @@ __all__ = [
     "pack_int8",
     "packed_nbytes",
     "packed_shapes",
+    "piece_rows",
     "quantize",
 ]
 
@@ -64,6 +65,7 @@ class QuantConfig:
         """
         rest = "int8" if quant in ("int8", "int4") else quant
         chosen = {name: parts.get(name) or (quant if name == "experts" else rest) for name in QUANT_PARTS}
+        chosen["embeddings"] = parts.get("embeddings") or chosen["lm_head"]  # most models share the tensor
         for format in chosen.values():
             if format is not None:
                 _known(format)
@@ -158,9 +160,9 @@ def quantize(weight: Tensor, format: str) -> Packed:
     if _known(format) in FLOATS:
         out_features, in_features = weight.shape
         return Packed(format, out_features, in_features, 0, weight.to(FLOATS[format]).contiguous())
-    rows = max(1, PIECE // weight.shape[1] // BLOCK) * BLOCK
-    if len(weight) > rows:
-        return _joined([quantize(piece, format) for piece in torch.split(weight, rows)], weight.shape[0])
+    if len(weight) > piece_rows(weight.shape[1]):
+        pieces = torch.split(weight, piece_rows(weight.shape[1]))
+        return _joined([quantize(piece, format) for piece in pieces], weight.shape[0])
     if format == "int8":
         wide = weight.float()
         scales = _scale(wide.abs().amax(dim=1, keepdim=True) / 127)
@@ -202,6 +204,11 @@ def pack_int4(nibbles: Tensor, factors: Tensor, offsets: Tensor, in_features: in
         words.view(-1, BLOCK, words.shape[1]).transpose(1, 2).contiguous(),
         scales.view(-1, BLOCK, scales.shape[1], 2).permute(0, 2, 3, 1).contiguous(),
     )
+
+
+def piece_rows(in_features: int) -> int:
+    """Rows of a matrix that are converted at a time: whole blocks, in a bounded amount of memory."""
+    return max(1, PIECE // in_features // BLOCK) * BLOCK
 
 
 def _joined(pieces: list[Packed], out_features: int) -> Packed:

@@ -18,7 +18,7 @@ import torch
 from splitinfer.errors import CheckpointError, UnsupportedModelError, UsageError
 from splitinfer.model.config import ModelConfig, load_config, read_json
 from splitinfer.model.mapped import DTYPES, MappedFile, TensorEntry
-from splitinfer.model.quantize import Packed, natural_format, quantize
+from splitinfer.model.quantize import Packed, natural_format, piece_rows, quantize
 
 __all__ = ["Checkpoint", "canonical_name", "expected_tensors"]
 
@@ -26,6 +26,15 @@ PREFIXES = ("model.language_model.", "language_model.model.", "language_model.",
 TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "multi_modal_projector.")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD = "splitinfer-shard.json"  # the manifest that makes a directory a shard (splitinfer.model.shard)
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 FINGERPRINT_VERSION = b"splitinfer-1"
 SAMPLE_NBYTES = 64  # one cache line at each place
@@ -91,12 +100,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Opens directory `path`.
+        """Opens directory `path`: the Hugging Face layout, or a shard.
 
         Raises CheckpointError, naming file and tensor, for anything missing, cut short or of another shape
         than the configuration says; UnsupportedModelError for what is not implemented.
         """
         directory = Path(path)
+        if (directory / SHARD).is_file():
+            from splitinfer.model.shard import ShardCheckpoint  # here: it builds on this module
+
+            return ShardCheckpoint.open(directory)
         if not directory.is_dir():
             what = "is not a directory" if directory.exists() else "does not exist"
             raise CheckpointError(
@@ -141,30 +154,58 @@ class Checkpoint:
         prefix = f"layers.{layer}.experts."
         return self.tensor(prefix + "gate_up_proj")[lo:hi], self.tensor(prefix + "down_proj")[lo:hi]
 
-    def matrix(self, name: str, format: str | None = None) -> Packed:
-        """The tensor [out, in] in a weight format; None: as it is stored. `name` as in `tensor`."""
+    @property
+    def held_layers(self) -> tuple[int, ...]:
+        """Layers whose experts are here, at least in part: all, unless this is a shard."""
+        return tuple(range(self.config.num_hidden_layers))
+
+    @property
+    def held_experts(self) -> tuple[int, ...]:
+        """Experts that are here, in each of `held_layers`."""
+        return tuple(range(self.config.num_experts))
+
+    def stored_as(self, name: str, format: str | None) -> tuple[int, str]:
+        """Columns per scale (0: the format's own) and format that `matrix` or `experts` would give."""
+        return 0, format or natural_format(DTYPES[self.entry(name).dtype])
+
+    def matrix(self, name: str, format: str | None = None, *, floating: str | None = None) -> Packed:
+        """The tensor [out, in] in a weight format; None: as it is stored, or in the format `floating` where
+        that is floating point. `name` as in `tensor`.
+        """
         tensor = self.tensor(name)
-        packed = quantize(tensor, format or natural_format(tensor.dtype))
+        packed = quantize(tensor, format or floating or natural_format(tensor.dtype))
         if packed.weight.data_ptr() != tensor.data_ptr():
             self._release(name)
         return packed
 
+    def matrix_pieces(self, name: str, format: str | None = None) -> Iterator[Packed]:
+        """`matrix` in consecutive pieces of rows, so that no more than one is in memory."""
+        tensor = self.tensor(name)
+        for piece in torch.split(tensor, piece_rows(tensor.shape[1])):
+            yield quantize(piece, format or natural_format(tensor.dtype))
+            self._release(name)
+
     def experts(
-        self, layer: int, lo: int, hi: int, format: str | None = None
+        self, layer: int, lo: int, hi: int, format: str | None = None, *, floating: str | None = None
     ) -> Iterator[tuple[Packed, Packed]]:
         """gate_up_proj [2*I, H] and down_proj [H, I] of experts lo..hi-1, one expert at a time.
 
-        `format` and errors as in `matrix` and `expert_slice`; the file's pages do not stay where the
-        weights were converted.
+        Formats and errors as in `matrix` and `expert_slice`; the file's pages do not stay where the weights
+        were converted.
         """
         parts = self.expert_slice(layer, lo, hi)
-        chosen = format or natural_format(parts[0].dtype)
+        chosen = format or floating or natural_format(parts[0].dtype)
         for gate_up, down in zip(*parts, strict=True):
             packed = quantize(gate_up, chosen), quantize(down, chosen)
             if packed[0].weight.data_ptr() != gate_up.data_ptr():
                 self._release(f"layers.{layer}.experts.gate_up_proj")
                 self._release(f"layers.{layer}.experts.down_proj")
             yield packed
+
+    def small_files(self) -> dict[str, bytes]:
+        """The configuration's and tokenizer's files by name: what a shard needs beside weights."""
+        found = (self.path / name for name in SMALL_FILES)
+        return {file.name: file.read_bytes() for file in found if file.is_file()}
 
     def _release(self, name: str) -> None:
         file, stored = self._find(name)

@@ -67,6 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def process(*argv: str) -> Iterator[subprocess.Popen[str]]:
     """The true command in a process of its own, killed at the end if it still runs."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SPLITINFER_")}
+    environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # tests change the directory
     started = subprocess.Popen(
         [sys.executable, "-m", "splitinfer", *argv],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environ, "OMP_NUM_THREADS": "1"},

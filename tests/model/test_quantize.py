@@ -10,6 +10,7 @@ from splitinfer.errors import CheckpointError, UsageError
 from splitinfer.model.quantize import (
     FORMATS,
     GROUP,
+    QuantConfig,
     pack_int4,
     pack_int8,
     packed_nbytes,
@@ -121,3 +122,14 @@ def test_weights_that_have_no_scale(format: str, value: float) -> None:
 def test_unknown_format() -> None:
     with pytest.raises(UsageError, match="int3"):
         quantize(torch.ones(1, 1), "int3")
+
+
+def test_defaults_by_part() -> None:
+    """What is small and matters keeps int8; embeddings follow lm_head, with which most models share them."""
+    assert QuantConfig.of() == QuantConfig()
+    assert QuantConfig.of("int4") == QuantConfig("int4", "int8", "int8", "int8", "int8")
+    assert QuantConfig.of("bfloat16", attention="int8").attention == "int8"
+    assert QuantConfig.of("int4", lm_head="bfloat16").embeddings == "bfloat16"
+    assert QuantConfig.of(dense="int4") == QuantConfig(dense="int4")
+    with pytest.raises(UsageError, match="int5"):
+        QuantConfig.of("int4", dense="int5")
