@@ -22,7 +22,7 @@ from torch import Tensor
 
 from splitinfer.errors import UsageError
 from splitinfer.model.cache import KVCache
-from splitinfer.model.compute import INLINE_ROWS
+from splitinfer.model.compute import INLINE_ROWS, compute
 from splitinfer.model.drafter import Context, Drafter, PromptLookup, open_drafter
 from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.model.sampling import Sampler
@@ -187,9 +187,9 @@ class Decoder:
         self._depth = Depth(depth)
         self.count = Count()
 
-    def first(self) -> int:
+    async def first(self) -> int:
         """The first token of the reply, from the prompt's last hidden state."""
-        return self._sample(self._hidden, [])[0]
+        return (await self._sample(self._hidden, []))[0]
 
     async def step(self, limit: int) -> list[int]:
         """The next tokens, 1 to `limit` of them."""
@@ -204,7 +204,7 @@ class Decoder:
         kept = self._cache.length
         rows = torch.tensor([self._ids[-1], *drafts])
         hidden = await self._model.forward([Segment(rows, self._cache)], timeline=self._timeline)
-        tokens = self._sample(hidden, drafts)
+        tokens = await self._sample(hidden, drafts)
         if len(tokens) <= len(drafts):
             self._cache.truncate(kept + len(tokens))
         self._hidden = hidden[len(tokens) - 1 : len(tokens)]
@@ -219,10 +219,10 @@ class Decoder:
         self.count = Count(steps + 1, proposed + len(drafts), accepted + len(tokens) - 1)
         return tokens
 
-    def _sample(self, hidden: Tensor, drafts: list[int]) -> list[int]:
+    async def _sample(self, hidden: Tensor, drafts: list[int]) -> list[int]:
         """The tokens that rows `hidden` give: one for each right draft, and one more."""
         start = perf_counter()
-        logits = self._model.logits(hidden)
+        logits = await compute(len(hidden), self._model.logits, hidden)
         middle = perf_counter()
         tokens: list[int] = []
         index, penalised = len(self._ids) - self._prompt, self._sampler.params.repetition_penalty != 1

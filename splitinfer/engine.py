@@ -20,6 +20,7 @@ from splitinfer.errors import UsageError
 from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
 from splitinfer.mixed import MixedExperts, local_layers
 from splitinfer.model.cache import KVCache
+from splitinfer.model.compute import compute
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
 from splitinfer.model.gemma import Gemma, Segment
@@ -186,7 +187,10 @@ class AsyncEngine:
         """The next-token logits after every position of `token_ids`, float32 [len(token_ids), vocab]."""
         ids = self.encode(list(token_ids))
         cache = self.new_cache()
-        blocks = [self.model.logits(hidden).cpu().numpy() async for hidden in self.prefill(ids, cache)]
+        blocks = []
+        async for hidden in self.prefill(ids, cache):
+            logits = await compute(len(hidden), self.model.logits, hidden)
+            blocks.append(logits.cpu().numpy())
         return np.concatenate(blocks)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -296,7 +300,7 @@ class _Generation:
         async for block in engine.prefill(self._prompt, cache, self._prefill):
             hidden = block[-1:]
         decoder = engine.decoder(cache, self._seen, hidden, self._sampler, self._decode)
-        tokens, first = [decoder.first()], perf_counter()
+        tokens, first = [await decoder.first()], perf_counter()
         while True:
             for token in tokens:
                 text, reason = self._take(token)

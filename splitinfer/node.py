@@ -18,7 +18,7 @@ import torch
 from splitinfer import transport
 from splitinfer.dispatch import EXPERT_CALL
 from splitinfer.errors import UsageError
-from splitinfer.model.compute import INLINE_ROWS, submit
+from splitinfer.model.compute import run, runs_inline, submit
 from splitinfer.model.experts import ExpertBank
 from splitinfer.model.hub import resolve_model
 from splitinfer.model.quantize import QuantConfig
@@ -156,10 +156,9 @@ class ExpertNode:
         request = _Request(call, self.bank.hidden_size, self.holding)
         self.calls += 1
         self.rows += request.rows
-        if request.rows > INLINE_ROWS:
-            return submit(self._compute, request)
-        with torch.inference_mode():
-            return self._compute(request)
+        if runs_inline(request.rows, self._compute):
+            return run(self._compute, request)
+        return submit(self._compute, request)
 
     def _compute(self, request: _Request) -> transport.Reply:
         start = perf_counter()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from time import perf_counter
 from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["INLINE_ROWS", "compute", "submit"]
+__all__ = ["INLINE_ROWS", "compute", "run", "runs_inline", "submit"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -20,6 +22,9 @@ T = TypeVar("T")
 # number of rows; a thread hop would cost tens of microseconds each way. A prefill block takes far longer:
 # it goes to the thread so that bytes keep moving.
 INLINE_ROWS = 16
+# What took longer than this goes to the thread too, the next time: weights that come from a cold disk hold a
+# single row for seconds, and a peer that hears nothing for so long takes the connection for dead.
+INLINE_SECONDS = 0.1
 
 
 @cache
@@ -28,24 +33,39 @@ def _executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="splitinfer-compute")
 
 
+_last_seconds: dict[str, float] = {}  # what the last job of each kind took
+
+
+def _kind(function: Callable[..., object]) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def runs_inline(rows: int, function: Callable[..., object]) -> bool:
+    """Whether a job of this kind may run on the event loop: few rows, and the last one was quick."""
+    return rows <= INLINE_ROWS and _last_seconds.get(_kind(function), math.inf) <= INLINE_SECONDS
+
+
+def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs `function` here and now, in inference mode."""
+    start = perf_counter()
+    with torch.inference_mode():
+        result = function(*args, **kwargs)
+    _last_seconds[_kind(function)] = perf_counter() - start
+    return result
+
+
 def submit(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
     """Queues `function` for the compute thread, in inference mode. Needs a running event loop."""
-
-    def job() -> T:
-        with torch.inference_mode():
-            return function(*args, **kwargs)
-
-    return asyncio.get_running_loop().run_in_executor(_executor(), job)
+    return asyncio.get_running_loop().run_in_executor(_executor(), partial(run, function, *args, **kwargs))
 
 
 async def compute(rows: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Runs `function` in inference mode, inline or on the compute thread by the number of rows.
+    """Runs `function` in inference mode, inline or on the compute thread, as `runs_inline` says.
 
     A cancelled caller still waits for a job that has begun: nobody may touch a cache that it writes to.
     """
-    if rows <= INLINE_ROWS:
-        with torch.inference_mode():
-            return function(*args, **kwargs)
+    if runs_inline(rows, function):
+        return run(function, *args, **kwargs)
     future = submit(function, *args, **kwargs)
     try:
         return await asyncio.shield(future)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitinfer.errors import PlacementError
-from splitinfer.model.compute import INLINE_ROWS, submit
+from splitinfer.model.compute import run, runs_inline, submit
 from splitinfer.model.linear import Linear, matrix_of
 from splitinfer.model.native import DTYPES, Matrix, kernels
 from splitinfer.model.quantize import Packed, format_of
@@ -179,10 +179,9 @@ class LocalExperts:
         top_k_weights: Tensor,
         timeline: Timeline | None = None,
     ) -> Awaitable[Tensor]:
-        if len(x) > INLINE_ROWS:
+        if not runs_inline(len(x), self._forward):
             return submit(self._forward, layer, x, top_k_index, top_k_weights, timeline)
-        with torch.inference_mode():
-            return _Ready(self._forward(layer, x, top_k_index, top_k_weights, timeline))
+        return _Ready(run(self._forward, layer, x, top_k_index, top_k_weights, timeline))
 
     def _forward(
         self, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, timeline: Timeline | None

@@ -128,7 +128,10 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the weights are stored in (the embedding's, where they differ)."""
+        """The dtype to compute in: float32 where the configuration says so, else the stored one (the
+        embedding's, where they differ)."""
+        if self.config.dtype == "float32":
+            return torch.float32
         return DTYPES[self.entry("embed_tokens.weight").dtype]
 
     def entry(self, name: str) -> TensorEntry:

@@ -16,6 +16,7 @@ def where() -> tuple[str, bool]:
 
 def test_few_rows_run_here_and_many_on_the_compute_thread() -> None:
     async def both() -> list[tuple[str, bool]]:
+        await compute(1, where)  # the first of its kind goes to the thread: nobody knows how long it takes
         return [await compute(INLINE_ROWS, where), await compute(INLINE_ROWS + 1, where)]
 
     here, beside = asyncio.run(both())
@@ -69,3 +70,20 @@ def test_a_cancelled_caller_waits_for_the_job() -> None:
 def test_errors_arrive() -> None:
     with pytest.raises(ZeroDivisionError):
         asyncio.run(compute(1000, lambda: 1 // 0))
+
+
+def test_a_kind_of_job_that_was_slow_leaves_the_loop_until_it_is_quick_again() -> None:
+    pause = [0.15]
+
+    def slow_read() -> int:
+        time.sleep(pause[0])
+        return threading.get_ident()
+
+    async def ask() -> list[bool]:
+        here = threading.get_ident()
+        threads = [await compute(1, slow_read), await compute(1, slow_read)]
+        pause[0] = 0.0
+        threads += [await compute(1, slow_read), await compute(1, slow_read), await compute(17, slow_read)]
+        return [thread == here for thread in threads]
+
+    assert asyncio.run(ask()) == [False, False, False, True, False]
