@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import struct
 import tempfile
 import threading
 import time
@@ -54,49 +53,54 @@ class Peer:
 
 
 class RawSocket(Peer):
-    """Blocking `sendall` and `recv_into`, without any protocol but a length: what the kernel itself costs."""
+    """Blocking `sendall` and `recv_into` without any protocol: what the kernel itself costs.
+
+    Two connections, one for rows and one for large tensors, so that both ends know how much to expect.
+    """
 
     name = "raw blocking socket"
 
     async def serve(self, ready: Callable[[Any], None]) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         ready(listener.getsockname()[1])
-        connection, _ = listener.accept()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        head, body = bytearray(4), memoryview(bytearray(BULK_NBYTES))
-        while receive(connection, memoryview(head)):
-            nbytes = struct.unpack("<I", head)[0]
-            receive(connection, body[:nbytes])
-            connection.sendall(body[:nbytes] if nbytes == ROW_NBYTES else b"!")
+        rows, bulk = (listener.accept()[0] for _ in range(2))
+        threading.Thread(target=answer, args=(bulk, BULK_NBYTES, 1), daemon=True).start()
+        answer(rows, ROW_NBYTES, ROW_NBYTES)
 
     async def connect(self, address: Any) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", address))
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.message = memoryview(struct.pack("<I", ROW_NBYTES) + ROW)
+        self.rows, self.bulks = (socket.create_connection(("127.0.0.1", address)) for _ in range(2))
+        for connection in (self.rows, self.bulks):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.tensor = memoryview(bytearray(BULK_NBYTES))
-        self.answer = memoryview(bytearray(ROW_NBYTES))
+        self.reply = memoryview(bytearray(ROW_NBYTES))
 
     async def row(self) -> None:
-        self.socket.sendall(self.message)
-        receive(self.socket, self.answer)
+        self.rows.sendall(ROW)
+        receive(self.rows, self.reply)
 
     async def bulk(self) -> None:
-        self.socket.sendall(struct.pack("<I", BULK_NBYTES))
-        self.socket.sendall(self.tensor)
-        receive(self.socket, self.answer[:1])
+        self.bulks.sendall(self.tensor)
+        receive(self.bulks, self.reply[:1])
 
     def rows_in_flight(self, rounds: int) -> float:
-        """Calls per second with as many rows on the way at a time: one thread writes, this one reads."""
-        writer = threading.Thread(
-            target=lambda: [self.socket.sendall(self.message) for _ in range(rounds * IN_FLIGHT)]
-        )
+        """Calls per second with rows following each other: one thread writes, this one reads."""
+        count = rounds * IN_FLIGHT
+        writer = threading.Thread(target=lambda: [self.rows.sendall(ROW) for _ in range(count)])
         start = time.perf_counter()
         writer.start()
-        for _ in range(rounds * IN_FLIGHT):
-            receive(self.socket, self.answer)
+        for _ in range(count):
+            receive(self.rows, self.reply)
         elapsed = time.perf_counter() - start
         writer.join()
-        return rounds * IN_FLIGHT / elapsed
+        return count / elapsed
+
+
+def answer(connection: socket.socket, nbytes: int, answer_nbytes: int) -> None:
+    """Take `nbytes` bytes, send the first `answer_nbytes` of them back, until the stream ends."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    body = memoryview(bytearray(nbytes))
+    while receive(connection, body):
+        connection.sendall(body[:answer_nbytes])
 
 
 def receive(connection: socket.socket, into: memoryview) -> bool:
