@@ -133,6 +133,7 @@ class Layout(NamedTuple):
     padding: tuple[bytes, ...]
     body_nbytes: int
     small: bool
+    specs: tuple[TensorSpec, ...]
 
 
 EMPTY_TABLE: Final = Table("", (), 0, 0, True)
@@ -193,12 +194,12 @@ def layout_of(
         ) from None
     if layout is not None:
         return layout
-    specs = [spec_of(tensor) for tensor in tensors]
+    specs = tuple(spec_of(tensor) for tensor in tensors)
     packed = pack_table(method, [(spec, 0, spec.nbytes) for spec in specs], limits)
     padding = tuple(ZEROS[-spec.nbytes % ALIGNMENT] for spec in specs)
     nbytes = sum(aligned(spec.nbytes) for spec in specs)
     small = nbytes <= JOIN_NBYTES and all(is_plain(tensor) for tensor in tensors)
-    layout = Layout(packed, padding, nbytes, small)
+    layout = Layout(packed, padding, nbytes, small, specs)
     if len(packed) <= REMEMBERED_NBYTES:
         if len(known) >= REMEMBERED:
             known.clear()

@@ -30,7 +30,7 @@ from splitinfer.transport.frames import (
     pack_map,
     pack_table,
 )
-from splitinfer.transport.tensors import Array, TensorSpec, data_of, joinable, spec_of
+from splitinfer.transport.tensors import Array, TensorSpec, data_of, joinable
 
 __all__ = ["Codec", "Outbox", "Piece"]
 
@@ -126,10 +126,16 @@ class Outbox:
     ) -> None:
         """Queue a message with tensors. Raises LocalProtocolError, LimitExceeded: then nothing was queued."""
         packed = pack_map(meta, self.limits.max_meta) if meta else b""
-        table, padding, nbytes, small = layout_of(method, tensors, self.limits, self._layouts)
-        if self.codec is not None and nbytes >= self.codec.min_nbytes:
-            self._send_encoded(self.codec, kind, id, method, tensors, packed, value)
-            return
+        table, padding, nbytes, small, specs = layout_of(method, tensors, self.limits, self._layouts)
+        codec = self.codec
+        if codec is not None and nbytes >= codec.min_nbytes:
+            datas = [data_of(tensor) for tensor in tensors]
+            forms = [codec.encode(*pair, self.accepted) for pair in zip(specs, datas, strict=True)]
+            if any(forms):
+                plain = [(0, (data,), data.nbytes) for data in datas]
+                chosen = [form or raw for form, raw in zip(forms, plain, strict=True)]
+                self._send_encoded(kind, id, method, specs, chosen, packed, value)
+                return
         if small:
             zeros = ZEROS[-(HEAD_NBYTES + len(table) + len(packed)) & 63]
             head = HEAD.pack(MAGIC, kind, value, id, len(table), len(packed), nbytes, 0)
@@ -151,14 +157,18 @@ class Outbox:
         self._send_body(kind, id, table, packed, value, body, nbytes)
 
     def _send_encoded(
-        self, codec: Codec, kind: int, id: int, method: str, tensors: Sequence[Array], meta: bytes, value: int
+        self,
+        kind: int,
+        id: int,
+        method: str,
+        specs: Sequence[TensorSpec],
+        forms: Sequence[tuple[int, Sequence[Piece], int]],
+        meta: bytes,
+        value: int,
     ) -> None:
-        """Each tensor in the form that the codec chooses."""
+        """Each tensor in its own form: encoding, pieces, their nbytes together."""
         rows, body, total = [], list[Piece](), 0
-        for tensor in tensors:
-            spec, data = spec_of(tensor), data_of(tensor)
-            encoded = codec.encode(spec, data, self.accepted)
-            encoding, pieces, nbytes = encoded or (0, (data,), data.nbytes)
+        for spec, (encoding, pieces, nbytes) in zip(specs, forms, strict=True):
             rows.append((spec, encoding, nbytes))
             body += *pieces, ZEROS[-nbytes & 63]
             total += aligned(nbytes)
