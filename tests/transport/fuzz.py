@@ -122,7 +122,7 @@ def execute(role: Role, data: bytes, sizes: Callable[[], int]) -> None:
 
     Raises Finding for an exception outside `ALLOWED` and for an input that takes too long.
     """
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock: the machine may have other things to do
     connection = connection_of(role)
     try:
         feed_whole(connection, data, sizes)
@@ -130,7 +130,7 @@ def execute(role: Role, data: bytes, sizes: Callable[[], int]) -> None:
         pass
     except Exception as error:
         raise Finding(f"{type(error).__name__}: {error}", role, data) from error
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     if seconds > SECONDS_PER_INPUT:
         raise Finding(f"took {seconds:.1f} s", role, data)
 
