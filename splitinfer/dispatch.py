@@ -29,7 +29,7 @@ from splitinfer.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from splitinfer.placement import Holding, Placement, format_ranges
+from splitinfer.placement import Columns, Holding, Placement, format_ranges
 from splitinfer.timing import Timeline
 
 __all__ = ["NodeInfo", "RemoteExperts"]
@@ -109,14 +109,16 @@ class RemoteExperts:
         *,
         layers: Sequence[int],
         num_experts: int,
+        columns: int,
         fingerprint: str,
         timeout: float,
         config: transport.ClientConfig | None = None,
     ) -> RemoteExperts:
         """Connect to all nodes at once, ask what each holds, and check coverage before the first token.
 
-        `timeout` is the deadline of one expert call in seconds. Raises `PlacementError` for gaps, conflicts
-        and other models, and what `transport.connect` raises, naming the node.
+        `columns` is the model's moe_intermediate_size, `timeout` the deadline of one expert call in seconds.
+        Raises `PlacementError` for gaps, conflicts and other models, and what `transport.connect` raises,
+        naming the node.
         """
         unique = list(dict.fromkeys(addresses))
         opened = await asyncio.gather(
@@ -135,7 +137,11 @@ class RemoteExperts:
             for address, holding in holdings:
                 channels[address].on_info = partial(_still_holds, holding, address)
             placement = Placement.plan(
-                holdings, layers=layers, num_experts=num_experts, fingerprint=fingerprint
+                holdings,
+                layers=layers,
+                num_experts=num_experts,
+                columns=columns,
+                fingerprint=fingerprint,
             )
             return cls(channels, placement, timeout)
         except BaseException:
@@ -182,16 +188,25 @@ class RemoteExperts:
         deadline = perf_counter() + self._timeout
         if self._avoided and perf_counter() > self._avoided_until:
             self._look_again()
-        calls = self._send(layer, wire, self._owners[layer][wire.index], deadline)
+        calls = self._send(layer, wire, self._owners[layer][:, wire.index], deadline)
         return _Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline, x))
 
     def _avoid(self, nodes: frozenset[int]) -> None:
         """Ask others instead of these `nodes` for a while, wherever there are others."""
         self._avoided, self._avoided_until = nodes, perf_counter() + AVOID_FOR
-        self._owners = {}
-        for layer in self.placement.holders:
-            owner = self.placement.owner(layer, nodes)
-            self._owners[layer] = np.where(owner < 0, self.placement.owner(layer), owner)
+        self._owners = {layer: self._owner(layer) for layer in self.placement.holders}
+
+    def _owner(self, layer: int, span: Columns | None = None) -> npt.NDArray[np.int16]:
+        """`Placement.owner`, asking avoided nodes only for what nobody else holds."""
+        owner = self.placement.owner(layer, self._avoided, span)
+        if (owner[0] >= 0).all():
+            return owner
+        anyone = self.placement.owner(layer, span=span)
+        slices = max(len(owner), len(anyone))
+        owner, anyone = (
+            np.pad(o, ((0, slices - len(o)), (0, 0)), constant_values=-1) for o in (owner, anyone)
+        )
+        return np.where(owner[0] < 0, anyone, owner)
 
     def _look_again(self) -> None:
         """Ask those avoided nodes again that have come back; look after the others without waiting."""
@@ -207,16 +222,24 @@ class RemoteExperts:
         if not task.cancelled():
             task.exception()  # still away: no news
 
-    def _send(self, layer: int, wire: _Rows, owner: npt.NDArray[np.int16], deadline: float) -> list[_Call]:
-        """One call to every node in `owner` [rows, k] (-1: nobody to ask for this entry)."""
+    def _send(
+        self,
+        layer: int,
+        wire: _Rows,
+        owner: npt.NDArray[np.int16],
+        deadline: float,
+        *,
+        again: bool = False,
+    ) -> list[_Call]:
+        """One call to every node in `owner` [slices, rows, k] (-1: nobody to ask for this entry)."""
         calls = []
         timeout = max(deadline - perf_counter(), 0.001)
         nodes = sorted(set(owner.ravel().tolist()) - {-1})
-        alone = len(nodes) == 1 and bool((owner >= 0).all())
+        alone = len(nodes) == 1 and not again
         out = str(wire.x.dtype).removeprefix("torch.") if alone else "float32"
         meta = {"layer": layer, "out": out}
         for node in nodes:
-            mine = owner == node
+            mine = (owner == node).any(axis=0)
             needed = mine.any(axis=1)
             rows = None if needed.all() else np.flatnonzero(needed)
             index = np.where(mine, wire.index, -1).astype(np.int16)
@@ -301,26 +324,31 @@ class RemoteExperts:
 
         Raises `PlacementError` when nobody has answered by the deadline, with the link's error as its cause.
         """
-        asked = np.full(wire.index.shape, -1, dtype=np.int16)
+        asked: dict[Columns, npt.NDArray[np.int16]] = {}  # experts by the slice that is missing of them
         for call, error in lost:
+            span = self.placement.spans[call.node]
+            missing = asked.setdefault(span, np.full(wire.index.shape, -1, dtype=np.int16))
             rows = slice(None) if call.rows is None else call.rows
-            asked[rows] = np.where(call.experts >= 0, call.experts, asked[rows])
+            missing[rows] = np.where(call.experts >= 0, call.experts, missing[rows])
             log.warning("layer %d: node %s: %s", layer, self.placement.addresses[call.node], error)
         self._avoid(self._avoided | {call.node for call, _ in lost})
-        wanted = np.unique(asked[asked >= 0])
-        owners = self._owners[layer]
-        if set(owners[wanted].tolist()) & self._avoided:
+        owners = []
+        for span, missing in asked.items():
+            owner = self._owner(layer, span)[:, missing]
+            owners.append(np.where(missing >= 0, owner, np.int16(-1)))
+        if any(set(owner.ravel().tolist()) & self._avoided for owner in owners):
             # Some expert has no holder left: the lost node gets another chance, until the deadline.
             if perf_counter() + RETRY_PAUSE >= deadline:
                 call, error = lost[0]
                 address = self.placement.addresses[call.node]
+                experts = format_ranges(set(call.experts.ravel().tolist()) - {-1})
                 raise PlacementError(
                     f"node {address} is gone and nobody else holds its experts of layer {layer}",
-                    gaps=(f"layer {layer}: experts {format_ranges(wanted.tolist())}",),
+                    gaps=(f"layer {layer}: experts {experts}",),
                     remedy=f"Restart the node at {address}, or start a replica and name it in --nodes.",
                 ) from error
             await asyncio.sleep(RETRY_PAUSE)
-        return self._send(layer, wire, np.where(asked >= 0, owners[asked], np.int16(-1)), deadline)
+        return [call for owner in owners for call in self._send(layer, wire, owner, deadline, again=True)]
 
 
 def _naming(address: str, error: BaseException) -> BaseException:

@@ -95,6 +95,7 @@ class AsyncEngine:
                 self._addresses,
                 layers=sorted(set(range(config.num_hidden_layers)) - set(kept)),
                 num_experts=config.num_experts,
+                columns=config.moe_intermediate_size,
                 fingerprint=self.checkpoint.fingerprint,
                 timeout=self.settings.timeout,
                 config=self.settings.transport,

@@ -23,7 +23,7 @@ from splitinfer.model.experts import ExpertBank
 from splitinfer.model.hub import resolve_model
 from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.weights import Checkpoint
-from splitinfer.placement import Holding, parse_ranges
+from splitinfer.placement import Holding, parse_ranges, parse_slice
 
 __all__ = ["ExpertNode"]
 
@@ -36,7 +36,8 @@ class ExpertNode:
     """Serve some experts of some layers of a checkpoint.
 
     `model` is a path or hub id; `experts` and `layers` are range lists such as "0-31,64-95" (None: all that
-    it has). `quant` is the weight format to hold them in (None: as stored).
+    it has); `slice`, such as "1/2" or "0.3:0.7", is the part held of every expert's intermediate dimension.
+    `quant` is the weight format to hold them in (None: as stored).
     `port` 0 takes a free one; `address` then names it. `threads` bounds the arithmetic (None: torch's
     choice). `config` holds the transport's limits and security.
 
@@ -54,6 +55,7 @@ class ExpertNode:
         experts: str | None = None,
         layers: str | None = None,
         *,
+        slice: str | None = None,
         host: str = "127.0.0.1",
         port: int = 7077,
         threads: int | None = None,
@@ -63,6 +65,7 @@ class ExpertNode:
         self._model = model
         self._experts = experts
         self._layers = layers
+        self._slice = slice
         self._bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._threads = threads
         self._quant = quant
@@ -147,9 +150,12 @@ class ExpertNode:
             )
         layers = _ids(self._layers, checkpoint.held_layers, config.num_hidden_layers, "--layers")
         experts = _ids(self._experts, checkpoint.held_experts, config.num_experts, "--experts")
+        columns = None
+        if self._slice is not None:
+            columns = parse_slice(self._slice, config.moe_intermediate_size, "--slice")
         format = QuantConfig.of(self._quant).experts
-        bank = ExpertBank(checkpoint, dict.fromkeys(layers, experts), format=format)
-        return bank, Holding(checkpoint.fingerprint, layers, experts, bank.weight_format)
+        bank = ExpertBank(checkpoint, dict.fromkeys(layers, experts), format=format, columns=columns)
+        return bank, Holding(checkpoint.fingerprint, layers, experts, bank.weight_format, columns)
 
     def _answer(self, call: transport.Call) -> transport.Reply | Awaitable[transport.Reply]:
         """One expert call. Few rows are answered at once; many leave the loop free to move bytes."""

@@ -16,11 +16,11 @@ from splitinfer import AsyncEngine, Completion, ExpertNode
 from splitinfer.errors import ConnectError, PlacementError, SplitinferError
 from tests.checkpoints import tiny_config, write_checkpoint
 
-Part = tuple[str | None, str | None]  # --experts and --layers of a node
+Part = tuple[str | None, ...]  # --experts, --layers and, where there are three, --slice of a node
 PROMPT = [2, *range(5, 60)]  # several times the sliding window of 8
 TOKENS = 64
 
-# (--experts, --layers) of each node; the model has 11 experts and 4 layers
+# (--experts, --layers, --slice) of each node; the model has 11 experts and 4 layers
 PLACEMENTS = {
     "1 node": [("0-10", None)],
     "2 nodes by experts": [("0-5", None), ("6-10", None)],
@@ -29,6 +29,18 @@ PLACEMENTS = {
     "experts x layers": [("0-5", "0-1"), ("6-10", "0-1"), ("0-5", "2-3"), ("6-10", "2-3")],
     "uneven": [("0", None), ("1-10", None)],
     "out of order": [("8-10,0-1", None), ("7,2", None), ("3-6", None)],
+    "halves of every expert": [(None, None, "1/2"), (None, None, "2/2")],
+    "uneven slices": [(None, None, "0.7:1"), (None, None, "0:0.25"), (None, None, "0.25:0.7")],
+    "experts x layers x slices": [
+        ("0-5", "0-1", "1/2"),
+        ("0-5", "0-1", "2/2"),
+        ("6-10", "0-1"),
+        (None, "2-3", "1/3"),
+        (None, "2-3", "2/3"),
+        ("0-9", "2-3", "3/3"),
+        ("10", "2-3", "3/3"),
+    ],
+    "slices and replicas": [(None, None, "1/2"), (None, None, "2/2"), (None, None, "2/2"), ("3-7", None)],
     "replicas": [("0-7", None), ("4-10", None), ("0-10", "1,3")],
 }
 
@@ -41,7 +53,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @asynccontextmanager
 async def running(model: Path, parts: Sequence[Part]) -> AsyncIterator[list[ExpertNode]]:
     """Such nodes on free ports. The list may be changed; what is in it at the end is stopped."""
-    nodes = [ExpertNode(model, experts, layers, port=0) for experts, layers in parts]
+    nodes = [
+        ExpertNode(model, experts, layers, slice=slice[0] if slice else None, port=0)
+        for experts, layers, *slice in parts
+    ]
     try:
         for node in nodes:
             await node.start()
@@ -173,11 +188,22 @@ class TestTrouble:
             asyncio.run(dial())
         assert error.value.remedy
 
-    def test_a_replica_takes_over(self, checkpoint: Path, local: tuple[Completion, np.ndarray]) -> None:
+    @pytest.mark.parametrize(
+        "parts",
+        [
+            [(None, None), (None, None)],
+            [(None, None, "2/2"), (None, None, "1/2"), (None, None, "2/2")],
+            [(None, None), (None, None, "2/2"), (None, None, "1/2")],
+        ],
+        ids=["whole", "a slice", "slices for the whole"],
+    )
+    def test_a_replica_takes_over(
+        self, checkpoint: Path, local: tuple[Completion, np.ndarray], parts: list[Part]
+    ) -> None:
         async def lose_one() -> tuple[int, ...]:
             ids: list[int] = []
             async with (
-                running(checkpoint, [(None, None), (None, None)]) as nodes,
+                running(checkpoint, parts) as nodes,
                 AsyncEngine(checkpoint, addresses(nodes)) as engine,
             ):
                 async for piece in engine.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):

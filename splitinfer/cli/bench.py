@@ -99,6 +99,7 @@ async def _measure(
             addresses,
             layers=range(config.num_hidden_layers),
             num_experts=config.num_experts,
+            columns=config.moe_intermediate_size,
             fingerprint=checkpoint.fingerprint,
             timeout=settings.timeout,
             config=client_config(settings),

@@ -79,7 +79,8 @@ class ExpertBank:
     pages become resident, on first use. Others are converted here, expert by expert.
 
     `holding` maps a layer to the ids of its experts held. `format` is one of `quantize.FORMATS`; None keeps
-    the checkpoint's own, or bfloat16 if that is `dtype`. Activations keep the dtype they come in.
+    the checkpoint's own, or bfloat16 if that is `dtype`. Activations keep the dtype they come in. `columns`
+    holds that slice of every expert's intermediate dimension only: sums over banks are sums over experts.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class ExpertBank:
         *,
         dtype: torch.dtype | None = None,
         format: str | None = None,
+        columns: tuple[int, int] | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         self.hidden_size = checkpoint.config.hidden_size
@@ -99,7 +101,9 @@ class ExpertBank:
         for layer, ids in holding.items():
             held: dict[int, tuple[Packed, Packed]] = {}
             for lo, hi in _runs(ids):
-                found = checkpoint.experts(layer, lo, hi, format, floating=format_of(dtype))
+                found = checkpoint.experts(
+                    layer, lo, hi, format, floating=format_of(dtype), columns=columns
+                )
                 held.update(zip(range(lo, hi), found, strict=True))
             formats |= {packed.format for pair in held.values() for packed in pair}
             self._layers[layer] = _Layer(held, checkpoint.config.num_experts)

@@ -133,8 +133,20 @@ class ShardCheckpoint(Checkpoint):
         return self._packed(name, format, weight, self._scales(name), out_features, in_features)
 
     def experts(
-        self, layer: int, lo: int, hi: int, format: str | None = None, *, floating: str | None = None
+        self,
+        layer: int,
+        lo: int,
+        hi: int,
+        format: str | None = None,
+        *,
+        floating: str | None = None,
+        columns: tuple[int, int] | None = None,
     ) -> Iterator[tuple[Packed, Packed]]:
+        if columns is not None:
+            raise UsageError(
+                f"{self.path} is a shard of whole experts",
+                remedy="Use --slice with the checkpoint that the shard was made from.",
+            )
         absent = [e for e in range(lo, hi) if e not in self.manifest.experts]
         if layer not in self.manifest.layers or absent:
             raise UsageError(

@@ -189,18 +189,30 @@ class Checkpoint:
             self._release(name)
 
     def experts(
-        self, layer: int, lo: int, hi: int, format: str | None = None, *, floating: str | None = None
+        self,
+        layer: int,
+        lo: int,
+        hi: int,
+        format: str | None = None,
+        *,
+        floating: str | None = None,
+        columns: tuple[int, int] | None = None,
     ) -> Iterator[tuple[Packed, Packed]]:
         """gate_up_proj [2*I, H] and down_proj [H, I] of experts lo..hi-1, one expert at a time.
 
-        Formats and errors as in `matrix` and `expert_slice`; the file's pages do not stay where the weights
-        were converted.
+        `columns` keeps that part of the intermediate dimension, from its first to before its last. Formats
+        and errors as in `matrix` and `expert_slice`; the file's pages do not stay where the weights were
+        converted.
         """
         parts = self.expert_slice(layer, lo, hi)
         chosen = format or floating or natural_format(parts[0].dtype)
         for gate_up, down in zip(*parts, strict=True):
+            if columns is not None:
+                low, high = columns
+                gate_up = torch.cat([half[low:high] for half in gate_up.chunk(2)])
+                down = down[:, low:high]
             packed = quantize(gate_up, chosen), quantize(down, chosen)
-            if packed[0].weight.data_ptr() != gate_up.data_ptr():
+            if columns is not None or packed[0].weight.data_ptr() != gate_up.data_ptr():
                 self._release(f"layers.{layer}.experts.gate_up_proj")
                 self._release(f"layers.{layer}.experts.down_proj")
             yield packed

@@ -54,6 +54,20 @@ def test_weighted_sum(checkpoint: Checkpoint, rows: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("format", [None, "bfloat16", "int8", "int4"])
+def test_slices_sum_to_the_whole(checkpoint: Checkpoint, rows: int, format: str | None) -> None:
+    """Uneven slices of the intermediate dimension of 20; a slice's own scales may differ from the whole's."""
+    x, index, weights = routing(rows)
+    slices = [(0, 7), (7, 8), (8, 20)]
+    banks = [ExpertBank(checkpoint, {LAYER: range(EXPERTS)}, format=format, columns=c) for c in slices]
+    whole = ExpertBank(checkpoint, {LAYER: range(EXPERTS)}, format=format)
+    found = sum(bank.forward(LAYER, x, index, weights) for bank in banks)
+    expected = whole.forward(LAYER, x, index, weights)
+    tolerance = {None: 1e-5, "bfloat16": 1e-5, "int8": 0.05, "int4": 0.5}[format]
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int16])
 def test_parts_sum_to_the_whole(checkpoint: Checkpoint, rows: int, index_dtype: torch.dtype) -> None:
     """Uneven, out of order, one part unused: each takes its own experts, -1 stands for the others'."""
