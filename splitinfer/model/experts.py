@@ -101,9 +101,7 @@ class ExpertBank:
         for layer, ids in holding.items():
             held: dict[int, tuple[Packed, Packed]] = {}
             for lo, hi in _runs(ids):
-                found = checkpoint.experts(
-                    layer, lo, hi, format, floating=format_of(dtype), columns=columns
-                )
+                found = checkpoint.experts(layer, lo, hi, format, floating=format_of(dtype), columns=columns)
                 held.update(zip(range(lo, hi), found, strict=True))
             formats |= {packed.format for pair in held.values() for packed in pair}
             self._layers[layer] = _Layer(held, checkpoint.config.num_experts)
