@@ -25,10 +25,11 @@ from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.weights import Checkpoint
 from splitinfer.placement import Holding, parse_ranges, parse_slice
 
-__all__ = ["ExpertNode"]
+__all__ = ["ECHO_CALL", "ExpertNode", "echo"]
 
 log = logging.getLogger(__name__)
 
+ECHO_CALL = "echo"
 DRAIN_TIMEOUT = 10.0  # seconds that calls in flight get to finish when the node stops
 
 
@@ -109,7 +110,10 @@ class ExpertNode:
         loop = asyncio.get_running_loop()
         self._bank, self._holding = await loop.run_in_executor(None, self._load)
         self._server = await transport.serve(
-            {EXPERT_CALL: self._answer}, self._bind, info=self.holding.to_info(), config=self._config
+            {EXPERT_CALL: self._answer, ECHO_CALL: echo},
+            self._bind,
+            info=self.holding.to_info(),
+            config=self._config,
         )
         log.info("holds %s, listens on %s", self._holding, self._server.address)
 
@@ -170,6 +174,11 @@ class ExpertNode:
         start = perf_counter()
         partial = self.bank.forward(request.layer, request.x, request.index, request.weights, request.out)
         return transport.Reply([partial], {"compute_us": int((perf_counter() - start) * 1e6)})
+
+
+def echo(call: transport.Call) -> transport.Reply:
+    """What came, sent back: what `splitinfer bench --transport` measures a link with."""
+    return transport.Reply(call.tensors, call.meta)
 
 
 def _ids(ranges: str | None, held: tuple[int, ...], count: int, flag: str) -> tuple[int, ...]:
