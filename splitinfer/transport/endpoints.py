@@ -7,7 +7,6 @@ import errno
 import os
 import socket
 import stat
-import sys
 from contextlib import suppress
 from typing import Final
 
@@ -15,16 +14,13 @@ from splitinfer.errors import CapacityError, ConnectError, UsageError
 from splitinfer.transport import memory
 from splitinfer.transport.addresses import Address
 
-__all__ = ["delivery_rate", "dial", "listen", "tune"]
+__all__ = ["dial", "listen", "tune"]
 
 _BACKLOG: Final = 256
 _DEAD_AFTER_SECONDS: Final = 5
 # Unsent bytes that the kernel may hold: what a small message can find before it, whatever the send buffer is.
 _NOTSENT_NBYTES: Final = 256 * 1024
 _DARWIN_TCP_KEEPALIVE: Final = 0x10
-_APP_LIMITED_AT: Final = 7
-_DELIVERY_RATE_AT: Final = 160
-_TCP_INFO_NBYTES: Final = 168
 
 
 async def dial(address: Address) -> socket.socket:
@@ -142,18 +138,3 @@ def tune(sock: socket.socket) -> None:
         if option is not None:
             with suppress(OSError):
                 sock.setsockopt(level, option, value)
-
-
-def delivery_rate(sock: socket.socket) -> float | None:
-    """The link's throughput in bytes/s as the kernel last saw it; None where it cannot tell.
-
-    Linux's TCP_INFO (struct tcp_info, linux/tcp.h): a rate that was limited by the sender, not by the link,
-    is marked as such and says nothing.
-    """
-    if sys.platform != "linux" or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return None
-    with suppress(OSError):
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_NBYTES)
-        if len(info) == _TCP_INFO_NBYTES and not info[_APP_LIMITED_AT] & 1:
-            return float(int.from_bytes(info[_DELIVERY_RATE_AT:], sys.byteorder)) or None
-    return None

@@ -21,7 +21,7 @@ from splitinfer.errors import (
     TransportError,
 )
 from splitinfer.transport.certificates import map_tls_error
-from splitinfer.transport.endpoints import delivery_rate
+from splitinfer.transport.link_rate import delivery_rate
 from splitinfer.transport.messages import Message
 from splitinfer.transport.outbox import Piece
 from splitinfer.transport.protocol import TICK_SECONDS, Connection
