@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from splitinfer.errors import ConfigError, UsageError
 
@@ -72,11 +72,26 @@ def _seconds(raw: object) -> float:
     return value
 
 
+def _depth(raw: object) -> int | str:
+    """auto, or a whole number from 1 to 15"""
+    return "auto" if raw == "auto" else _whole(1, 15)(raw)
+
+
 def _device(raw: object) -> str:
     """cpu, cuda, cuda:N or mps"""
     if not isinstance(raw, str) or not re.fullmatch(r"cpu|cuda(:\d{1,3})?|mps", raw):
         raise ValueError
     return raw
+
+
+def _switch(raw: object) -> bool:
+    """true or false"""
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if isinstance(raw, str) and raw.lower() in words:
+        return words[raw.lower()]
+    if isinstance(raw, bool):
+        return raw
+    raise ValueError
 
 
 def _choice(*choices: str) -> Callable[[object], str]:
@@ -102,10 +117,11 @@ class Settings:
     `model` is a folder, a file or a hub id ("": the built-in demo model); `nodes` are addresses of expert
     nodes (none: experts on this machine); `experts` and `layers` are what a node holds, as ranges
     ("0-31,64-95"); `timeout` is in seconds and bounds every call to a node; `context` is in tokens.
-    `tls_ca` is a file, or "system" for the authorities of this machine's system. `simulate_*` put an emulated
-    link before every node ("20ms", "100mbit").
     `quant` is the experts' weight format, `quant_*` that of the other parts (None: as stored, but int8 for
-    the others where `quant` is int8 or int4).
+    the others where `quant` is int8 or int4). `local_layers`, `local_memory`, `draft` and `draft_depth` are
+    those of `EngineConfig`. `wire_dtype` rounds rows on the wire (None: never). `simulate_*` put an emulated
+    link before every node ("20ms", "100mbit"). `tls_ca` is a file, or "system" for the authorities
+    of this machine's system; `insecure` lets a node listen beyond this machine without token and TLS.
     """
 
     model: str = _setting("", _text, is_path=True)
@@ -120,16 +136,23 @@ class Settings:
     quant_lm_head: str | None = _setting(None, _choice(*WEIGHT_FORMATS))
     context: int | None = _setting(None, _whole(1, 1 << 24))
     timeout: float = _setting(60.0, _seconds)
-    token_file: str | None = _setting(None, _text, is_path=True)
-    tls_cert: str | None = _setting(None, _text, is_path=True)
-    tls_key: str | None = _setting(None, _text, is_path=True)
-    tls_ca: str | None = _setting(None, _text, is_path=True)
-    tls_fingerprint: tuple[str, ...] = _setting((), _texts)
-    compression: str = _setting("auto", _choice("auto", "on", "off"))
-    wire_dtype: str | None = _setting(None, _choice("bfloat16", "float8_e4m3fn", "int8"))
+    local_layers: str | None = _setting(None, _text)
+    local_memory: str | None = _setting(None, _text)
+    draft: str = _setting("auto", _text)
+    draft_depth: int | str = _setting("auto", _depth)
+    wire_dtype: Literal["bfloat16", "float8_e4m3fn", "int8"] | None = _setting(
+        None, _choice("bfloat16", "float8_e4m3fn", "int8")
+    )
+    compression: Literal["auto", "on", "off"] = _setting("auto", _choice("auto", "on", "off"))
     simulate_rtt: str | None = _setting(None, _text)
     simulate_jitter: str | None = _setting(None, _text)
     simulate_bandwidth: str | None = _setting(None, _text)
+    token_file: str | None = _setting(None, _text, is_path=True)
+    tls_fingerprint: tuple[str, ...] = _setting((), _texts)
+    tls_ca: str | None = _setting(None, _text, is_path=True)
+    tls_cert: str | None = _setting(None, _text, is_path=True)
+    tls_key: str | None = _setting(None, _text, is_path=True)
+    insecure: bool = _setting(False, _switch)
     experts: str | None = _setting(None, _text)
     layers: str | None = _setting(None, _text)
     host: str = _setting("127.0.0.1", _text)
@@ -180,7 +203,7 @@ def _read(
         return read(raw)
     except ValueError:
         raise error(
-            f"{place} must be {read.__doc__}, not {raw!r}", remedy=remedy or "correct it, or leave it out"
+            f"{place} must be {read.__doc__}, not {raw!r}", remedy=remedy or "Correct it, or leave it out."
         ) from None
 
 
@@ -188,12 +211,12 @@ def _read_file(file: Path) -> dict[str, Any]:
     """The file's settings, checked. Raises `ConfigError` naming file and key."""
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{file} is larger than {MAX_FILE_BYTES} bytes", remedy="move this file away")
+            raise ConfigError(f"{file} is larger than {MAX_FILE_BYTES} bytes", remedy="Move this file away.")
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}", remedy="make it readable") from error
+        raise ConfigError(f"{file} cannot be read: {error.strerror}", remedy="Make it readable.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}", remedy="correct that line") from error
+        raise ConfigError(f"{file} is not valid TOML: {error}", remedy="Correct that line.") from error
     readers = _readers()
     values: dict[str, Any] = {}
     for key, raw in table.items():
@@ -201,7 +224,7 @@ def _read_file(file: Path) -> dict[str, Any]:
             near = get_close_matches(key, readers, n=1, cutoff=0.5)
             raise ConfigError(
                 f"{file}: there is no setting {key!r}",
-                remedy=f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(readers)}",
+                remedy=f"Did you mean {near[0]!r}?" if near else f"The settings are {', '.join(readers)}.",
             )
         values[key] = _read(f"{file}: {key}", readers[key], raw, ConfigError)
     for item in fields(Settings):

@@ -312,6 +312,8 @@ class _Generation:
                     )
                     return
                 yield Piece(text, (token,))
+            # With the experts here a step may never wait: let others on this loop, and an interrupt, in.
+            await asyncio.sleep(0)
             tokens = await decoder.step(self._max_tokens - len(self._ids))
 
     def _take(self, token: int) -> tuple[str, StopReason | None]:

@@ -65,18 +65,25 @@ def test_paths_in_the_file_are_relative_to_it(here: Path) -> None:
 @pytest.mark.parametrize(
     ("toml", "says", "remedy"),
     [
-        ("prot = 7077", "there is no setting 'prot'", "did you mean 'port'?"),
-        ("nodez = []", "there is no setting 'nodez'", "did you mean 'nodes'?"),
-        ('token = "secret"', "there is no setting 'token'", "did you mean 'token_file'?"),
-        ("qqqq = 1", "there is no setting 'qqqq'", "the settings are model, nodes"),
-        ("port = 70000", "port must be a whole number from 0 to 65535, not 70000", "correct it"),
-        ("port = true", "port must be a whole number", "correct it"),
-        ('timeout = "soon"', "timeout must be a number of seconds above 0, not 'soon'", "correct it"),
-        ("timeout = nan", "timeout must be a number of seconds", "correct it"),
-        ("nodes = [1]", "nodes must be a list of names", "correct it"),
-        ('dtype = "float16"', "dtype must be one of float32, bfloat16", "correct it"),
-        ('model = " "', "model must be some text", "correct it"),
-        ("port =", "is not valid TOML", "correct that line"),
+        ("prot = 7077", "there is no setting 'prot'", "Did you mean 'port'?"),
+        ("nodez = []", "there is no setting 'nodez'", "Did you mean 'nodes'?"),
+        ('token = "secret"', "there is no setting 'token'", "Did you mean 'token_file'?"),
+        ("qqqq = 1", "there is no setting 'qqqq'", "The settings are model, nodes"),
+        ("port = 70000", "port must be a whole number from 0 to 65535, not 70000", "Correct it"),
+        ("port = true", "port must be a whole number", "Correct it"),
+        ('timeout = "soon"', "timeout must be a number of seconds above 0, not 'soon'", "Correct it"),
+        ("timeout = nan", "timeout must be a number of seconds", "Correct it"),
+        ("nodes = [1]", "nodes must be a list of names", "Correct it"),
+        ('dtype = "float16"', "dtype must be one of float32, bfloat16", "Correct it"),
+        ('device = "tpu"', "device must be cpu, cuda, cuda:N or mps, not 'tpu'", "Correct it"),
+        (
+            "draft_depth = 16",
+            "draft_depth must be auto, or a whole number from 1 to 15, not 16",
+            "Correct it",
+        ),
+        ('insecure = "perhaps"', "insecure must be true or false", "Correct it"),
+        ('model = " "', "model must be some text", "Correct it"),
+        ("port =", "is not valid TOML", "Correct that line"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_key(here: Path, toml: str, says: str, remedy: str) -> None:
@@ -100,6 +107,16 @@ def test_a_wrong_variable_is_named(here: Path) -> None:
     with pytest.raises(ConfigError, match="environment variable SPLITINFER_PORT must be a whole number"):
         load(here, SPLITINFER_PORT="many")
     assert load(here, SPLITINFER_PORT="").port == Settings().port  # set to nothing is not set
+
+
+def test_a_depth_is_a_number_or_auto(here: Path) -> None:
+    assert load(here, SPLITINFER_DRAFT_DEPTH="auto").draft_depth == "auto"
+    assert load(here, SPLITINFER_DRAFT_DEPTH="4").draft_depth == 4
+
+
+def test_a_switch_is_read_as_people_write_it(here: Path) -> None:
+    for word, meant in (("1", True), ("True", True), ("no", False), ("false", False)):
+        assert load(here, SPLITINFER_INSECURE=word).insecure is meant
 
 
 def test_a_wrong_flag_is_named(here: Path) -> None:

@@ -116,7 +116,7 @@ def _report_usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "splitinfer"
     message = message[:1].lower() + message[1:].removesuffix(".")
-    print_error(message, f"see `{command} --help`")
+    print_error(message, f"See `{command} --help`.")
     return int(error.exit_code)
 
 

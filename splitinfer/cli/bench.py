@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitinfer import __version__
-from splitinfer.cli import options
 from splitinfer.cli.console import busy, human_size, run, screen
-from splitinfer.cli.demo import node_process
-from splitinfer.cli.link_options import reaching_nodes
+from splitinfer.cli.options import LINK, MODEL, Json, takes
+from splitinfer.cli.processes import node_process
 from splitinfer.cli.rtt import CallFigures, measure_calls, percentile
 from splitinfer.cli.session import client_config, model_of, name_of
-from splitinfer.config import Settings, load_settings
+from splitinfer.config import Settings
 from splitinfer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,20 +30,20 @@ EPILOG = """
   splitinfer bench --rtt --json | jq .decode.network_ms
 """
 
+# How long each kind of call is measured.
+DECODE: dict[str, Any] = {"at_least": 50, "at_most": 2000, "seconds": 3.0}
+PREFILL: dict[str, Any] = {"at_least": 5, "at_most": 100, "seconds": 5.0}
+_LAST_OF_SECTION = ("received", "round trip, p99 ms")
 
-@reaching_nodes
+
+@takes(*MODEL, *LINK)
 def command(
-    model: options.ModelArgument = None,
-    model_option: options.Model = None,
     rtt: Annotated[
         bool, typer.Option("--rtt", help="Round trips of expert calls: one decode row, one prefill block.")
     ] = False,
-    json_: options.Json = False,
-    nodes: options.Nodes = None,
-    timeout: options.Timeout = None,
-    token_file: options.TokenFile = None,
+    json_: Json = False,
     *,
-    link: dict[str, Any],
+    settings: Settings,
 ) -> None:
     """Measure what a link and its nodes allow.
 
@@ -52,16 +51,7 @@ def command(
     process of its own.
     """
     if not rtt:
-        raise UsageError("there is nothing to measure", remedy="say what: splitinfer bench --rtt")
-    settings = load_settings(
-        {
-            "model": options.one_model(model, model_option),
-            "nodes": nodes,
-            "timeout": timeout,
-            "token_file": token_file,
-            **link,
-        }
-    )
+        raise UsageError("there is nothing to measure", remedy="Say what: splitinfer bench --rtt.")
     with busy(f"opening {name_of(settings)}"):
         from splitinfer.model.hub import resolve_model
         from splitinfer.model.weights import Checkpoint
@@ -71,7 +61,7 @@ def command(
         addresses = settings.nodes
         if not addresses:
             with busy("starting a node on loopback"):
-                addresses = (stack.enter_context(node_process(_everything(checkpoint))),)
+                addresses = (stack.enter_context(node_process(_everything(checkpoint, settings))),)
         figures = run(_measure(settings, checkpoint, addresses))
     if json_:
         print(json.dumps(_as_json(settings, figures)))
@@ -79,11 +69,22 @@ def command(
         _print_table(settings, figures)
 
 
-def _everything(checkpoint: Checkpoint) -> list[str]:
-    """The arguments of a node that holds the whole model, whatever this user's settings say of nodes."""
+def _everything(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """The arguments of a node that holds the whole model and trusts as this side does.
+
+    All are said, because settings from a file or the environment reach that process too.
+    """
     config = checkpoint.config
-    ranges = ["--experts", f"0-{config.num_experts - 1}", "--layers", f"0-{config.num_hidden_layers - 1}"]
-    return [str(checkpoint.path), *ranges, "--host", "127.0.0.1"]
+    arguments = {
+        "experts": f"0-{config.num_experts - 1}",
+        "layers": f"0-{config.num_hidden_layers - 1}",
+        "host": "127.0.0.1",
+        "compression": settings.compression,
+        "token-file": settings.token_file,
+        "tls-cert": settings.tls_cert,
+        "tls-key": settings.tls_key,
+    }
+    return [str(checkpoint.path), *(f"--{name}={value}" for name, value in arguments.items() if value)]
 
 
 async def _measure(
@@ -106,11 +107,9 @@ async def _measure(
         )
         stack.push_async_callback(experts.close)
         with busy("calling with one decode row"):
-            decode = await measure_calls(experts, config, rows=1, at_least=50, at_most=2000, seconds=3.0)
+            decode = await measure_calls(experts, config, rows=1, **DECODE)
         with busy(f"calling with a prefill block of {PREFILL_ROWS} rows"):
-            prefill = await measure_calls(
-                experts, config, rows=PREFILL_ROWS, at_least=5, at_most=100, seconds=5.0
-            )
+            prefill = await measure_calls(experts, config, rows=PREFILL_ROWS, **PREFILL)
     return {"decode": decode, "prefill": prefill}
 
 
@@ -131,30 +130,12 @@ def _print_table(settings: Settings, figures: Mapping[str, CallFigures]) -> None
 
     where = ", ".join(settings.nodes) if settings.nodes else "one node on loopback"
     table = Table(title=f"expert calls to {where}", title_justify="left")
-    for heading in (
-        "call",
-        "rows",
-        "sent",
-        "received",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "network p50",
-        "p99",
-        "calls",
-    ):
-        table.add_column(heading, justify="left" if heading == "call" else "right")
-    for kind, calls in figures.items():
-        times = [percentile(calls.total, p) for p in (50, 90, 99)]
-        times += [percentile(calls.network, p) for p in (50, 99)]
-        table.add_row(
-            kind,
-            str(calls.rows),
-            human_size(calls.nbytes_sent),
-            human_size(calls.nbytes_received),
-            *(f"{seconds * 1e3:.3f}" for seconds in times),
-            str(len(calls.total)),
-        )
+    table.add_column("")
+    for kind in figures:
+        table.add_column(f"one {kind} {'row' if kind == 'decode' else 'block'}", justify="right")
+    columns = [_column(calls) for calls in figures.values()]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns), end_section=name in _LAST_OF_SECTION)
     decode, prefill = figures["decode"], figures["prefill"]
     console = screen(stderr=False)
     console.print(table)
@@ -166,3 +147,17 @@ def _print_table(settings: Settings, figures: Mapping[str, CallFigures]) -> None
         f"{prefill.with_arithmetic:.0f} in prefill",
         markup=False,
     )
+
+
+def _column(calls: CallFigures) -> dict[str, str]:
+    """One kind of call as lines of the table."""
+    lines = {
+        "rows": str(calls.rows),
+        "calls": str(len(calls.total)),
+        "sent": human_size(calls.nbytes_sent),
+        "received": human_size(calls.nbytes_received),
+    }
+    for what, times in (("round trip", calls.total), ("network alone", calls.network)):
+        for p in (50, 90, 99):
+            lines[f"{what}, p{p} ms"] = f"{percentile(times, p) * 1e3:.3f}"
+    return lines

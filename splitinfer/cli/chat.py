@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitinfer.cli import options
 from splitinfer.cli.console import busy, report, screen
-from splitinfer.cli.link_options import reaching_nodes
+from splitinfer.cli.options import ENGINE, MODEL, takes
 from splitinfer.cli.session import Request, name_of, open_engine
-from splitinfer.config import Settings, load_settings
+from splitinfer.config import Settings
 from splitinfer.errors import SplitinferError, TokenizerError
 
 if TYPE_CHECKING:
@@ -31,54 +30,16 @@ line of standard input is a turn.
 """
 
 
-@reaching_nodes
+@takes(*MODEL, *ENGINE, sampling=True)
 def command(
-    model: options.ModelArgument = None,
-    model_option: options.Model = None,
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the model is told before the first turn.")
     ] = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    nodes: options.Nodes = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    threads: options.Threads = None,
-    quant: options.Quant = None,
-    quant_attention: options.QuantAttention = None,
-    quant_dense: options.QuantDense = None,
-    quant_embeddings: options.QuantEmbeddings = None,
-    quant_lm_head: options.QuantLmHead = None,
-    context: options.Context = None,
-    timeout: options.Timeout = None,
-    token_file: options.TokenFile = None,
     *,
-    link: dict[str, Any],
+    settings: Settings,
+    request: Request,
 ) -> None:
     """Talk to a model, with the chat template of its checkpoint."""
-    settings = load_settings(
-        {
-            "model": options.one_model(model, model_option),
-            "nodes": nodes,
-            "device": device,
-            "dtype": dtype,
-            "threads": threads,
-            "quant": quant,
-            "quant_attention": quant_attention,
-            "quant_dense": quant_dense,
-            "quant_embeddings": quant_embeddings,
-            "quant_lm_head": quant_lm_head,
-            "context": context,
-            "timeout": timeout,
-            "token_file": token_file,
-            **link,
-        }
-    )
-    request = Request(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     with open_engine(settings) as engine:
         Conversation(engine, settings, request, system).hold()
 
@@ -92,7 +53,7 @@ class Conversation:
             raise TokenizerError(
                 f"{name_of(settings)} has no chat template",
                 path=settings.model,
-                remedy="use `splitinfer generate`, or a checkpoint trained for chat (chat_template.jinja)",
+                remedy="Use `splitinfer generate`, or a checkpoint trained for chat (chat_template.jinja).",
             )
         self._engine = engine
         self._render = tokenizer.render_chat

@@ -74,7 +74,7 @@ def report(error: BaseException, *, debug: bool) -> int:
         message, remedy, code = str(error), error.remedy, error.exit_code
     else:
         message, code = f"{type(error).__name__}: {error}".removesuffix(": "), 1
-        remedy = "" if debug else "this is unexpected; run it again with --debug to see where it happened"
+        remedy = "" if debug else "This is unexpected: run it again with --debug to see where it happened."
     print_error(message, remedy)
     return code
 

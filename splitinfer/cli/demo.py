@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from queue import Empty, Queue
-from threading import Thread
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitinfer.cli import options
 from splitinfer.cli.console import busy, human_size, screen
+from splitinfer.cli.processes import node_process
 from splitinfer.errors import SplitinferError
 
 if TYPE_CHECKING:
@@ -21,73 +17,24 @@ if TYPE_CHECKING:
 
     from splitinfer.generation import Completion
 
-__all__ = ["EPILOG", "command", "node_process"]
+__all__ = ["EPILOG", "command"]
 
-EPILOG = """[bold]Examples[/bold]
-
-\b
+EPILOG = """
+[bold]Examples[/bold]
   splitinfer demo                        two nodes on loopback, the built-in model
   splitinfer demo --prompt "class "      another beginning
 """
 
-START_TIMEOUT = 60.0  # seconds a node gets to map its weights and listen
-STOP_TIMEOUT = 15.0  # seconds it gets to drain before it is killed
 PHASES = ("attention", "router", "dense", "network", "experts")
 COLORS = {"attention": "cyan", "router": "blue", "dense": "magenta", "network": "yellow", "experts": "green"}
-
-
-@contextmanager
-def node_process(arguments: Sequence[str]) -> Iterator[str]:
-    """Run `splitinfer node ARGUMENTS --port 0` as a process of its own; yields its address.
-
-    The process is gone when the block ends, whatever happened in it. Raises `SplitinferError` with what the
-    node said when it does not come up.
-    """
-    command = [sys.executable, "-m", "splitinfer", "node", *arguments, "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield _wait_for_address(process)
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _wait_for_address(process: subprocess.Popen[str]) -> str:
-    """Read the node's output until it says where it listens."""
-    lines: Queue[str] = Queue(1000)
-    stdout = process.stdout
-    assert stdout is not None
-
-    def read() -> None:
-        for line in stdout:
-            if not lines.full():
-                lines.put(line)
-        lines.put("")
-
-    Thread(target=read, daemon=True).start()
-    said: list[str] = []
-    while True:
-        try:
-            line = lines.get(timeout=START_TIMEOUT)
-        except Empty:
-            raise SplitinferError(f"a node did not start within {START_TIMEOUT:.0f} s") from None
-        if line.startswith("listening on "):
-            return line.removeprefix("listening on ").strip()
-        if not line:
-            raise SplitinferError(f"a node did not start: {' '.join(said) or 'it said nothing'}")
-        said.append(line.strip())
 
 
 def command(
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")] = "def read(self, size=-1):\n",
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 96,
-    model: options.ModelArgument = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", show_default=False, help="Default: the built-in model.")
+    ] = None,
 ) -> None:
     """Generate through two expert nodes on this machine, show the cost, and check against a local run."""
     import splitinfer

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitinfer.cli import options
 from splitinfer.cli.console import busy, run
-from splitinfer.cli.link_options import reaching_nodes
+from splitinfer.cli.options import ENGINE, Json, takes
 from splitinfer.cli.session import Request, as_json, open_async_engine, print_figures
-from splitinfer.config import Settings, load_settings
+from splitinfer.config import Settings
 from splitinfer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ EPILOG = """
 """
 
 
-@reaching_nodes
+@takes("model", *ENGINE, sampling=True)
 def command(
     prompt: Annotated[
         str | None,
@@ -46,28 +45,10 @@ def command(
     token_ids: Annotated[
         str | None, typer.Option(metavar="IDS", help='The prompt as token ids: "2,5,7".')
     ] = None,
-    model: options.Model = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    json_: options.Json = False,
-    nodes: options.Nodes = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    threads: options.Threads = None,
-    quant: options.Quant = None,
-    quant_attention: options.QuantAttention = None,
-    quant_dense: options.QuantDense = None,
-    quant_embeddings: options.QuantEmbeddings = None,
-    quant_lm_head: options.QuantLmHead = None,
-    context: options.Context = None,
-    timeout: options.Timeout = None,
-    token_file: options.TokenFile = None,
+    json_: Json = False,
     *,
-    link: dict[str, Any],
+    settings: Settings,
+    request: Request,
 ) -> None:
     """Continue a prompt.
 
@@ -75,25 +56,6 @@ def command(
     One newline at the end of a file or of standard input is not part of the
     prompt.
     """
-    settings = load_settings(
-        {
-            "model": model,
-            "nodes": nodes,
-            "device": device,
-            "dtype": dtype,
-            "threads": threads,
-            "quant": quant,
-            "quant_attention": quant_attention,
-            "quant_dense": quant_dense,
-            "quant_embeddings": quant_embeddings,
-            "quant_lm_head": quant_lm_head,
-            "context": context,
-            "timeout": timeout,
-            "token_file": token_file,
-            **link,
-        }
-    )
-    request = Request(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     work = _complete if json_ else _stream
     run(work(settings, read_prompt(prompt, file, token_ids), request))
 
@@ -103,7 +65,7 @@ def read_prompt(prompt: str | None, file: str | None, token_ids: str | None) -> 
     given = {"PROMPT": prompt, "--file": file, "--token-ids": token_ids}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
-        raise UsageError(f"the prompt is given twice: {' and '.join(named)}", remedy="give it once")
+        raise UsageError(f"the prompt is given twice: {' and '.join(named)}", remedy="Give it once.")
     if token_ids is not None:
         return _parse_ids(token_ids)
     if prompt is not None:
@@ -111,11 +73,11 @@ def read_prompt(prompt: str | None, file: str | None, token_ids: str | None) -> 
     elif file is not None:
         text, place = _read_file(file), file
     elif sys.stdin.isatty():
-        raise UsageError("there is no prompt", remedy='give one: splitinfer generate "Once", or --file FILE')
+        raise UsageError("there is no prompt", remedy='Give one: splitinfer generate "Once", or --file FILE.')
     else:
         text, place = _decode(sys.stdin.buffer.read(), "standard input"), "standard input"
     if not text:
-        raise UsageError(f"{place} is empty", remedy="give at least one character to continue from")
+        raise UsageError(f"{place} is empty", remedy="Give at least one character to continue from.")
     return text
 
 
@@ -123,7 +85,9 @@ def _read_file(file: str) -> str:
     try:
         return _decode(Path(file).read_bytes(), file)
     except OSError as error:
-        raise UsageError(f"--file {file}: {error.strerror}", remedy="name a file that can be read") from error
+        raise UsageError(
+            f"--file {file}: {error.strerror}", remedy="Name a file that can be read."
+        ) from error
 
 
 def _decode(data: bytes, place: str) -> str:
@@ -131,7 +95,7 @@ def _decode(data: bytes, place: str) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{place} is not UTF-8 text (byte {error.start})", remedy="convert it first"
+            f"{place} is not UTF-8 text (byte {error.start})", remedy="Convert it first."
         ) from error
     return text.removesuffix("\n").removesuffix("\r")
 
@@ -139,7 +103,9 @@ def _decode(data: bytes, place: str) -> str:
 def _parse_ids(text: str) -> list[int]:
     parts = [part.strip() for part in text.replace(" ", ",").split(",") if part.strip()]
     if not parts or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise UsageError(f"--token-ids {text!r} is not a list of token ids", remedy="write --token-ids 2,5,7")
+        raise UsageError(
+            f"--token-ids {text!r} is not a list of token ids", remedy="Write --token-ids 2,5,7."
+        )
     return [int(part) for part in parts]
 
 

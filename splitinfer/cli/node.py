@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from splitinfer.cli import options
 from splitinfer.cli.console import busy, human_size, run, screen
-from splitinfer.cli.link_options import TlsCa, TlsCert, TlsKey
+from splitinfer.cli.options import MODEL, SERVING, takes
 from splitinfer.cli.session import model_of, name_of, server_config
-from splitinfer.config import Settings, load_settings
+from splitinfer.config import Settings
 
 if TYPE_CHECKING:
     from splitinfer.node import ExpertNode
@@ -25,63 +22,18 @@ EPILOG = """
   splitinfer node --experts 32-63 --port 0        any free port; prints which
 """
 
-_WHAT = "What it holds"
-_WHO = options.WHO_MAY
 
-
-def command(
-    model: options.ModelArgument = None,
-    experts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RANGES", help="Experts to hold: 0-31,64-95. Default: all.", rich_help_panel=_WHAT
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(metavar="RANGES", help="Layers to hold them of. Default: all.", rich_help_panel=_WHAT),
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port to listen on; 0 takes any free one. Default: 7077.")
-    ] = None,
-    quant: options.Quant = None,
-    threads: options.Threads = None,
-    token_file: options.TokenFile = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_ca: TlsCa = None,
-    insecure: Annotated[
-        bool,
-        typer.Option(
-            "--insecure", help="Listen beyond this machine without token and TLS.", rich_help_panel=_WHO
-        ),
-    ] = False,
-) -> None:
+@takes(*MODEL, *SERVING)
+def command(*, settings: Settings) -> None:
     """Hold experts of a model and serve them until interrupted.
 
     Prints what it holds and where it listens. At SIGTERM or Ctrl-C the calls
     in flight may finish.
     """
-    settings = load_settings(
-        {
-            "model": model,
-            "experts": experts,
-            "layers": layers,
-            "host": host,
-            "port": port,
-            "quant": quant,
-            "threads": threads,
-            "token_file": token_file,
-            "tls_cert": tls_cert,
-            "tls_key": tls_key,
-            "tls_ca": tls_ca,
-        }
-    )
-    run(_serve(settings, insecure=insecure))
+    run(_serve(settings))
 
 
-async def _serve(settings: Settings, *, insecure: bool) -> None:
+async def _serve(settings: Settings) -> None:
     from asyncio import get_running_loop, sleep
 
     with busy(f"loading experts of {name_of(settings)}"):
@@ -95,7 +47,7 @@ async def _serve(settings: Settings, *, insecure: bool) -> None:
             port=settings.port,
             threads=settings.threads,
             quant=settings.quant,
-            config=server_config(settings, insecure=insecure),
+            config=server_config(settings),
         )
         await node.start()
     serving = get_running_loop().create_task(node.serve_forever())

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from splitinfer import __version__
 from splitinfer.cli.console import busy, human_size, plain, screen
 from splitinfer.config import Settings
+from splitinfer.errors import UsageError
 
 if TYPE_CHECKING:
     from splitinfer.blocking import Engine
     from splitinfer.engine import AsyncEngine
     from splitinfer.generation import Completion
     from splitinfer.transport import ClientConfig, ServerConfig
-    from splitinfer.transport.compression import Mode
-    from splitinfer.transport.wire_dtypes import WireDtype
+    from splitinfer.transport.link import LinkSpec
 
 __all__ = [
-    "QUANT_NAMES",
     "Request",
     "as_json",
     "client_config",
@@ -31,9 +30,6 @@ __all__ = [
     "print_figures",
     "server_config",
 ]
-
-
-QUANT_NAMES = ("quant", "quant_attention", "quant_dense", "quant_embeddings", "quant_lm_head")
 
 
 @dataclass(frozen=True)
@@ -66,10 +62,12 @@ def model_of(settings: Settings) -> str:
 
 
 def client_config(settings: Settings) -> ClientConfig:
-    """How this machine talks to nodes."""
+    """How this machine talks to nodes. Raises `UsageError` for a token, certificate or link that is none.
+
+    A certificate alone does not make a client use TLS: the same settings may serve a node.
+    """
     from splitinfer.transport import ClientConfig
     from splitinfer.transport.certificates import TLSConfig
-    from splitinfer.transport.link import LinkSpec
     from splitinfer.transport.security import load_token
 
     tls = None
@@ -83,18 +81,25 @@ def client_config(settings: Settings) -> ClientConfig:
     return ClientConfig(
         tls=tls,
         token=load_token(settings.token_file),
-        compression=cast("Mode", settings.compression),
-        wire_dtype=cast("WireDtype | None", settings.wire_dtype),
-        link=LinkSpec.from_options(
-            rtt=settings.simulate_rtt,
-            jitter=settings.simulate_jitter,
-            bandwidth=settings.simulate_bandwidth,
-        ),
+        compression=settings.compression,
+        wire_dtype=settings.wire_dtype,
+        link=_link(settings),
     )
 
 
-def server_config(settings: Settings, *, insecure: bool) -> ServerConfig:
-    """How this machine listens. `insecure` lets it listen beyond itself without a token and TLS."""
+def _link(settings: Settings) -> LinkSpec | None:
+    """The link to emulate, None for the one at hand."""
+    from splitinfer.transport.link import LinkSpec
+
+    rtt, jitter, bandwidth = settings.simulate_rtt, settings.simulate_jitter, settings.simulate_bandwidth
+    try:
+        return LinkSpec.from_options(rtt=rtt, jitter=jitter, bandwidth=bandwidth)
+    except UsageError as error:
+        raise UsageError(f"--simulate-...: {error}", remedy=error.remedy) from None
+
+
+def server_config(settings: Settings) -> ServerConfig:
+    """How this machine listens. Raises `UsageError` for a token or certificate that is none."""
     from splitinfer.transport import ServerConfig
     from splitinfer.transport.certificates import TLSConfig
     from splitinfer.transport.security import load_token
@@ -102,13 +107,20 @@ def server_config(settings: Settings, *, insecure: bool) -> ServerConfig:
     tls = None
     if settings.tls_cert:
         tls = TLSConfig(settings.tls_cert, settings.tls_key, authorities=settings.tls_ca)
-    return ServerConfig(insecure=insecure, tls=tls, token=load_token(settings.token_file))
+    return ServerConfig(
+        insecure=settings.insecure,
+        tls=tls,
+        token=load_token(settings.token_file),
+        compression=settings.compression,
+    )
 
 
 def _arguments(settings: Settings) -> dict[str, Any]:
     """The arguments of both engines beside the model."""
-    names = ["nodes", "device", "dtype", "threads", "context", "timeout"]
-    names += [name for name in QUANT_NAMES if getattr(settings, name) is not None]
+    names = (
+        "nodes", "device", "dtype", "threads", "context", "timeout", "local_layers", "local_memory", "draft",
+        "draft_depth", "quant", "quant_attention", "quant_dense", "quant_embeddings", "quant_lm_head",
+    )  # fmt: skip
     return {name: getattr(settings, name) for name in names} | {"transport": client_config(settings)}
 
 
@@ -143,6 +155,9 @@ def print_figures(completion: Completion) -> None:
         f"the first after {timings.ttft:.2f} s (prompt: {usage.prompt_tokens} tokens "
         f"at {timings.prefill_tokens_per_second:.0f} tokens/s); ended by {completion.stop_reason}"
     ]
+    if usage.drafted_tokens:
+        share = usage.accepted_tokens / usage.drafted_tokens
+        lines.append(f"drafts: {usage.accepted_tokens} of {usage.drafted_tokens} tokens right ({share:.0%})")
     if usage.calls:
         lines.append(
             f"network: {usage.calls} calls, {human_size(usage.bytes_sent)} sent, "

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitinfer.cli import options
 from splitinfer.cli.console import human_size, screen
+from splitinfer.cli.options import MODEL, QUANT, takes
 from splitinfer.cli.session import model_of
-from splitinfer.config import load_settings
+from splitinfer.config import Settings
 from splitinfer.errors import UsageError
 
 if TYPE_CHECKING:
-    from splitinfer.config import Settings
     from splitinfer.model.sharding import Plan
 
 __all__ = ["EPILOG", "command"]
@@ -33,17 +32,10 @@ goes on where it left off.
 _WHAT = "What it holds"
 
 
+@takes(*MODEL, "experts", "layers", *QUANT)
 def command(
-    model: options.ModelArgument = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Where the shard goes.")
-    ] = None,
-    experts: Annotated[
-        str | None, typer.Option(metavar="RANGES", help="Experts to hold: 0-31,64-95.", rich_help_panel=_WHAT)
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(metavar="RANGES", help="Layers to hold them of. Default: all.", rich_help_panel=_WHAT),
     ] = None,
     client: Annotated[
         bool, typer.Option("--client", help="Hold everything but the experts.", rich_help_panel=_WHAT)
@@ -51,31 +43,16 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print bytes per file and write nothing.")
     ] = False,
-    quant: options.Quant = None,
-    quant_attention: options.QuantAttention = None,
-    quant_dense: options.QuantDense = None,
-    quant_embeddings: options.QuantEmbeddings = None,
-    quant_lm_head: options.QuantLmHead = None,
+    *,
+    settings: Settings,
 ) -> None:
     """Write a part of a model to disk as nodes and clients map it.
 
     A node or client started on a shard is ready at once, and two on one
     machine share its memory.
     """
-    settings = load_settings(
-        {
-            "model": model,
-            "experts": experts,
-            "layers": layers,
-            "quant": quant,
-            "quant_attention": quant_attention,
-            "quant_dense": quant_dense,
-            "quant_embeddings": quant_embeddings,
-            "quant_lm_head": quant_lm_head,
-        }
-    )
     if out is None and not dry_run:
-        raise UsageError("there is no place to write to", remedy="give -o FOLDER, or --dry-run")
+        raise UsageError("there is no place to write to", remedy="Give -o FOLDER, or --dry-run.")
     plan = _plan(settings, client=client)
     if out is None or dry_run:
         for file in plan.files:

@@ -12,8 +12,8 @@ from splitinfer.cli.console import busy, human_size
 __all__ = ["EPILOG", "command"]
 
 EPILOG = """
-[bold]Example[/bold]
-  splitinfer verify half
+[bold]Examples[/bold]
+  splitinfer verify half     a shard that `splitinfer shard -o half` wrote
 """
 
 

@@ -160,7 +160,11 @@ class Connection:
         when = (
             " in the middle of a frame" if self.inbox.unfinished else "" if self.open else " without a word"
         )
-        return ConnectionLost(f"{self.peer} closed the connection{when}", peer=self.peer)
+        return ConnectionLost(
+            f"{self.peer} closed the connection{when}",
+            peer=self.peer,
+            remedy="" if self.open else "Check what listens there, and that both sides use TLS or neither.",
+        )
 
     def _accept(self, message: Message) -> bool:
         """The protocol's own part of a message; True where the caller has to see it."""

@@ -16,6 +16,8 @@ import pytest
 from splitinfer.cli import main
 from tests.checkpoints import tiny_config, write_checkpoint
 
+ROOT = Path(__file__).parent.parent.parent
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -42,6 +44,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             monkeypatch.delenv(name)
     for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
         monkeypatch.setenv(name, "PASSIVE" if name.startswith("OMP") else "0")  # put back after the test
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for commands that start a process of their own
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("COLUMNS", "100")
@@ -67,10 +70,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def process(*argv: str) -> Iterator[subprocess.Popen[str]]:
     """The true command in a process of its own, killed at the end if it still runs."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SPLITINFER_")}
-    environ["PYTHONPATH"] = str(Path(__file__).parents[2])  # tests change the directory
     started = subprocess.Popen(
         [sys.executable, "-m", "splitinfer", *argv],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     try:
         yield started

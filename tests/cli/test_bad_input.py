@@ -138,8 +138,10 @@ def test_node_holding_another_model(cli: Cli, tmp_path: Path, whole_node: str) -
 
 
 def test_node_of_another_protocol_version(cli: Cli, tiny: Path) -> None:
-    head = frames.HEAD.pack(frames.MAGIC, frames.VERSION + 1, frames.HELLO, 0, 0, 0, 0, 0, 0)
-    with stranger(head) as address:
+    hello = bytearray(frames.pack_frame(frames.HELLO))
+    assert hello[2] == frames.VERSION
+    hello[2] += 1
+    with stranger(bytes(hello)) as address:
         check(ask(cli, tiny, "--nodes", address), 1, address, f"version {frames.VERSION + 1}")
 
 

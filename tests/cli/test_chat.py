@@ -51,7 +51,7 @@ def test_no_template_is_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch, token
     fakes.install(monkeypatch, ["x"], tokenizer)
     ran = cli("chat", "some/model", stdin=b"hi\n")
     assert (ran.code, ran.out) == (1, "")
-    assert ran.err.startswith("error: some/model has no chat template\nuse `splitinfer generate`")
+    assert ran.err.startswith("error: some/model has no chat template\nUse `splitinfer generate`")
 
 
 def test_ctrl_c_stops_the_reply_only(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def test_text_and_figures_take_different_streams(cli: Cli) -> None:
     assert "attention 75%, network 25%" in ran.err
 
 
+def test_drafts_are_counted(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "drafts:" not in cli("generate", "hi", "--model", "m").err
+    plain = fakes.completion("x")
+    drafted = replace(plain, usage=replace(plain.usage, drafted_tokens=8, accepted_tokens=6))
+    monkeypatch.setattr(fakes, "completion", lambda _: drafted)
+    assert "drafts: 6 of 8 tokens right (75%)" in cli("generate", "hi", "--model", "m").err
+
+
 def test_no_network_line_without_nodes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     local = fakes.completion("x", calls=0)
     monkeypatch.setattr(fakes, "completion", lambda _: local)
@@ -75,6 +84,8 @@ def test_no_network_line_without_nodes(cli: Cli, monkeypatch: pytest.MonkeyPatch
 def test_flags_reach_the_engine(cli: Cli) -> None:
     flags = {"max-tokens": "9", "temperature": "0.5", "top-p": "0.9", "top-k": "4", "seed": "3"}
     flags |= {"threads": "2", "context": "99", "timeout": "1.5", "dtype": "float32"}
+    flags |= {"local-layers": "0-1", "draft": "off", "draft-depth": "4"}
+    flags |= {"quant": "int4", "quant-lm-head": "int8"}
     argv = [f"--{name}={value}" for name, value in flags.items()]
     argv += ["--stop", "a", "--stop", "b", "--nodes", "x:1,y:2", "--nodes", "z:3"]
     cli("generate", "hi", "--model", "m", *argv)
@@ -85,12 +96,12 @@ def test_flags_reach_the_engine(cli: Cli) -> None:
         }
     ]  # fmt: skip
     assert isinstance(FakeEngine.opened[0].pop("transport"), ClientConfig)
-    assert FakeEngine.opened == [
-        {
-            "model": "m", "nodes": ("x:1", "y:2", "z:3"), "device": "cpu", "dtype": "float32", "threads": 2,
-            "context": 99, "timeout": 1.5,
-        }
-    ]  # fmt: skip
+    expected = {
+        "model": "m", "nodes": ("x:1", "y:2", "z:3"), "device": "cpu", "dtype": "float32", "threads": 2,
+        "context": 99, "timeout": 1.5, "local_layers": "0-1", "draft": "off", "draft_depth": 4,
+        "quant": "int4", "quant_lm_head": "int8", "quant_dense": None,
+    }  # fmt: skip
+    assert expected.items() <= FakeEngine.opened[0].items()
 
 
 def test_settings_reach_the_engine(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
