@@ -29,6 +29,7 @@ from splitinfer.errors import (
     RemoteProtocolError,
     TransportError,
 )
+from splitinfer.fanout import Owner, Partial, Rows, Share, add_partials, divide, divide_by
 from splitinfer.placement import Columns, Holding, Placement, format_ranges
 from splitinfer.timing import Timeline
 
@@ -39,8 +40,6 @@ log = logging.getLogger(__name__)
 RETRY_PAUSE = 0.2  # seconds before the same node is asked again when it has no replica
 AVOID_FOR = 5.0  # seconds that a node whose link failed is passed over while its replicas serve
 EXPERT_CALL = "experts"
-
-Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,16 @@ class NodeInfo:
 
 @dataclass(slots=True)
 class _Call:
-    """One call in flight: the node, the rows of the block it was sent (None: all), the experts asked for
-    ([rows, k], -1 for the others), the dtype it answers in, and the answer."""
+    """One call in flight: what was asked, the dtype it answers in, the answer, and when both were there."""
 
-    node: int
-    rows: Indices | None
-    experts: npt.NDArray[np.int16]
+    share: Share
     out: str
     answer: asyncio.Future[transport.Reply]
+    sent: float
+    answered: float = 0.0
+
+    def note_time(self, _: object) -> None:
+        self.answered = perf_counter()
 
 
 class _Pending:
@@ -180,21 +181,25 @@ class RemoteExperts:
         Awaiting raises `PlacementError` when every holder of an expert is gone, and the node's own error
         otherwise. A missing answer is never replaced by zeros.
         """
-        wire = _Rows(
-            x.detach().cpu().contiguous(),
-            top_k_index.cpu().numpy(),
-            top_k_weights.to(device="cpu", dtype=torch.float32).numpy(),
-        )
-        deadline = perf_counter() + self._timeout
-        if self._avoided and perf_counter() > self._avoided_until:
+        start = perf_counter()
+        wire = Rows.of(x, top_k_index, top_k_weights)
+        deadline = start + self._timeout
+        if self._avoided and start > self._avoided_until:
             self._look_again()
-        calls = self._send(layer, wire, self._owners[layer][:, wire.index], deadline)
+        shares = divide(self._owners[layer], wire)
+        out = _name(wire.x.dtype) if len(shares) == 1 else "float32"
+        calls = self._send(layer, shares, out, deadline)
+        if timeline is not None:
+            timeline.add("dispatch", layer, start, perf_counter())
+            if timeline.spans is not None:
+                for call in calls:
+                    call.answer.add_done_callback(call.note_time)
         return _Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline, x))
 
     def _avoid(self, nodes: frozenset[int]) -> None:
         """Ask others instead of these `nodes` for a while, wherever there are others."""
         self._avoided, self._avoided_until = nodes, perf_counter() + AVOID_FOR
-        self._owners = {layer: self._owner(layer) for layer in self.placement.holders}
+        self._owners = {layer: Owner(self._owner(layer)) for layer in self.placement.holders}
 
     def _owner(self, layer: int, span: Columns | None = None) -> npt.NDArray[np.int16]:
         """`Placement.owner`, asking avoided nodes only for what nobody else holds."""
@@ -222,42 +227,25 @@ class RemoteExperts:
         if not task.cancelled():
             task.exception()  # still away: no news
 
-    def _send(
-        self,
-        layer: int,
-        wire: _Rows,
-        owner: npt.NDArray[np.int16],
-        deadline: float,
-        *,
-        again: bool = False,
-    ) -> list[_Call]:
-        """One call to every node in `owner` [slices, rows, k] (-1: nobody to ask for this entry)."""
+    def _send(self, layer: int, shares: list[Share], out: str, deadline: float) -> list[_Call]:
+        """One call for each share, to be answered in dtype `out`."""
         calls = []
-        timeout = max(deadline - perf_counter(), 0.001)
-        nodes = sorted(set(owner.ravel().tolist()) - {-1})
-        alone = len(nodes) == 1 and not again
-        out = str(wire.x.dtype).removeprefix("torch.") if alone else "float32"
-        meta = {"layer": layer, "out": out}
-        for node in nodes:
-            mine = (owner == node).any(axis=0)
-            needed = mine.any(axis=1)
-            rows = None if needed.all() else np.flatnonzero(needed)
-            index = np.where(mine, wire.index, -1).astype(np.int16)
-            x, weights = wire.x, wire.weights
-            if rows is not None:
-                x, index, weights = x[torch.from_numpy(rows)], index[rows], weights[rows]
+        now = perf_counter()
+        timeout, meta = max(deadline - now, 0.001), {"layer": layer, "out": out}
+        for share in shares:
+            tensors: list[transport.Array] = [share.x, share.experts, share.weights]
             try:
-                answer = self._channels[node].start(EXPERT_CALL, [x, index, weights], meta, timeout=timeout)
+                answer = self._channels[share.node].start(EXPERT_CALL, tensors, meta, timeout=timeout)
             except Overloaded as error:  # it drains: known before anything was sent
                 answer = asyncio.get_running_loop().create_future()
                 answer.set_exception(error)
-            calls.append(_Call(node, rows, index, out, answer))
+            calls.append(_Call(share, out, answer, now))
         return calls
 
     async def _combine(
         self,
         layer: int,
-        wire: _Rows,
+        wire: Rows,
         calls: list[_Call],
         deadline: float,
         timeline: Timeline | None,
@@ -265,7 +253,7 @@ class RemoteExperts:
     ) -> Tensor:
         """Wait for all calls, mend what the link lost, and add the partial sums in the nodes' order."""
         start = perf_counter()
-        partials: list[tuple[int, Indices | None, Tensor]] = []
+        partials: list[Partial] = []
         compute = 0.0
         while calls:
             lost: list[tuple[_Call, LinkError | Overloaded]] = []
@@ -277,21 +265,27 @@ class RemoteExperts:
                 except (LinkError, Overloaded) as error:
                     lost.append((call, error))
                     continue
-                partials.append((call.node, call.rows, self._partial(call, reply, wire)))
-                compute = max(compute, reply.meta.get("compute_us", 0) / 1e6)
+                partials.append(self._partial(call, reply, wire))
+                seconds = reply.meta.get("compute_us", 0) / 1e6
+                compute = max(compute, seconds)
+                if timeline is not None and call.answered:
+                    address = self.placement.addresses[call.share.node]
+                    timeline.add_remote(layer, address, call.sent, call.answered, seconds)
             calls = []
             if lost:
                 calls = await self._again(layer, wire, lost, deadline)
+        end = perf_counter()
+        total = add_partials(partials, wire.x).to(like.device)
         if timeline is not None:
-            end = perf_counter()
             # What the caller waited for, split by the slowest node's own account of its arithmetic.
             split = max(start, end - compute)
             timeline.add("network", layer, start, split)
             timeline.add("experts", layer, split, end)
-        return _sum(partials, wire.x).to(like.device)
+            timeline.add("combine", layer, end, perf_counter())
+        return total
 
     def _late(self, call: _Call, layer: int) -> DeadlineExceeded:
-        address = self.placement.addresses[call.node]
+        address = self.placement.addresses[call.share.node]
         return DeadlineExceeded(
             f"node {address} gave no answer for layer {layer} within {self._timeout:g} s",
             timeout=self._timeout,
@@ -299,10 +293,10 @@ class RemoteExperts:
             remedy=f"See whether the node at {address} runs and is not overloaded, or raise --timeout.",
         )
 
-    def _partial(self, call: _Call, reply: transport.Reply, wire: _Rows) -> Tensor:
-        """The answer's tensor, checked against what was asked."""
-        expected = (len(call.experts), wire.x.shape[1])
-        address = self.placement.addresses[call.node]
+    def _partial(self, call: _Call, reply: transport.Reply, wire: Rows) -> Partial:
+        """The answer, checked against what was asked."""
+        expected = (len(call.share.experts), wire.x.shape[1])
+        address = self.placement.addresses[call.share.node]
         if len(reply.tensors) != 1 or tuple(reply.tensors[0].shape) != expected:
             shapes = [tuple(t.shape) for t in reply.tensors]
             raise RemoteProtocolError(
@@ -314,11 +308,10 @@ class RemoteExperts:
             raise RemoteProtocolError(
                 f"node {address} answered in {reply.tensors[0].dtype}, asked was {call.out}", peer=address
             )
-        partial: Tensor = reply.tensors[0].torch()
-        return partial
+        return Partial(call.share.node, call.share.rows, reply.tensors[0].torch())
 
     async def _again(
-        self, layer: int, wire: _Rows, lost: list[tuple[_Call, LinkError | Overloaded]], deadline: float
+        self, layer: int, wire: Rows, lost: list[tuple[_Call, LinkError | Overloaded]], deadline: float
     ) -> list[_Call]:
         """Send what the link lost once more: to replicas where there are some, else to the same node.
 
@@ -326,12 +319,12 @@ class RemoteExperts:
         """
         asked: dict[Columns, npt.NDArray[np.int16]] = {}  # experts by the slice that is missing of them
         for call, error in lost:
-            span = self.placement.spans[call.node]
+            span = self.placement.spans[call.share.node]
             missing = asked.setdefault(span, np.full(wire.index.shape, -1, dtype=np.int16))
-            rows = slice(None) if call.rows is None else call.rows
-            missing[rows] = np.where(call.experts >= 0, call.experts, missing[rows])
-            log.warning("layer %d: node %s: %s", layer, self.placement.addresses[call.node], error)
-        self._avoid(self._avoided | {call.node for call, _ in lost})
+            rows = slice(None) if call.share.rows is None else call.share.rows
+            missing[rows] = np.where(call.share.experts >= 0, call.share.experts, missing[rows])
+            log.warning("layer %d: node %s: %s", layer, self.placement.addresses[call.share.node], error)
+        self._avoid(self._avoided | {call.share.node for call, _ in lost})
         owners = []
         for span, missing in asked.items():
             owner = self._owner(layer, span)[:, missing]
@@ -340,15 +333,17 @@ class RemoteExperts:
             # Some expert has no holder left: the lost node gets another chance, until the deadline.
             if perf_counter() + RETRY_PAUSE >= deadline:
                 call, error = lost[0]
-                address = self.placement.addresses[call.node]
-                experts = format_ranges(set(call.experts.ravel().tolist()) - {-1})
+                address = self.placement.addresses[call.share.node]
+                experts = format_ranges(set(call.share.experts.ravel().tolist()) - {-1})
                 raise PlacementError(
                     f"node {address} is gone and nobody else holds its experts of layer {layer}",
                     gaps=(f"layer {layer}: experts {experts}",),
                     remedy=f"Restart the node at {address}, or start a replica and name it in --nodes.",
                 ) from error
             await asyncio.sleep(RETRY_PAUSE)
-        return [call for owner in owners for call in self._send(layer, wire, owner, deadline, again=True)]
+        # In float32, as partial sums are, whatever was asked before: rounded once, here.
+        shares = [share for owner in owners for share in divide_by(owner, wire)]
+        return self._send(layer, shares, "float32", deadline)
 
 
 def _naming(address: str, error: BaseException) -> BaseException:
@@ -372,24 +367,5 @@ def _still_holds(before: Holding, address: str, info: dict[str, Any]) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """A block of rows as it goes on the wire: [rows, hidden], and [rows, k] twice."""
-
-    x: Tensor
-    index: Indices
-    weights: npt.NDArray[np.float32]
-
-
-def _sum(partials: list[tuple[int, Indices | None, Tensor]], x: Tensor) -> Tensor:
-    """Partial sums [some rows, hidden] added in node order, in float32, rounded once to the dtype of `x`."""
-    if len(partials) == 1 and partials[0][1] is None:
-        return partials[0][2].to(x.dtype)
-    partials.sort(key=lambda entry: entry[0])
-    total = torch.zeros(x.shape, dtype=torch.float32)
-    for _, rows, part in partials:
-        if rows is None:
-            total += part
-        else:
-            total.index_add_(0, torch.from_numpy(rows), part.float())
-    return total.to(x.dtype)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -28,7 +28,8 @@ from splitinfer.model.hub import resolve_model
 from splitinfer.model.sampling import Sampler, SamplingParams
 from splitinfer.model.tokenizer import StreamDecoder, Tokenizer
 from splitinfer.model.weights import Checkpoint
-from splitinfer.timing import Timeline
+from splitinfer.timing import Span, Timeline
+from splitinfer.trace import check_trace, write_trace
 
 __all__ = ["AsyncEngine", "EngineConfig", "Prompt"]
 
@@ -69,6 +70,7 @@ class AsyncEngine:
         self._checkpoint: Checkpoint | None = None
         self._experts: RemoteExperts | None = None
         self._gemma: Gemma | None = None
+        self._spans: list[Span] | None = None if self.settings.trace is None else []
         self._draft_depth = check_depth(self.settings.draft_depth)
 
     async def __aenter__(self) -> Self:
@@ -84,6 +86,8 @@ class AsyncEngine:
         self._checkpoint = await loop.run_in_executor(
             None, lambda: Checkpoint.open(resolve_model(self._model_name))
         )
+        if self.settings.trace is not None:
+            check_trace(self.settings.trace)
         config = self.config
         self.context = self.settings.context_of(config)
         self.tokenizer = await loop.run_in_executor(None, Tokenizer.open, self.checkpoint.path)
@@ -107,7 +111,10 @@ class AsyncEngine:
             raise
 
     async def close(self) -> None:
-        """Close the connections and forget the weights. Safe to repeat."""
+        """Close the connections, forget the weights, write the trace if there is one. Safe to repeat."""
+        if self.settings.trace is not None and self._spans:
+            write_trace(self.settings.trace, self._spans, [node.address for node in self.nodes])
+            self._spans = []
         experts, self._experts, self._gemma = self._experts, None, None
         if experts is not None:
             await experts.close()
@@ -248,6 +255,10 @@ class AsyncEngine:
             block = torch.tensor(ids[start : start + PREFILL_ROWS])
             yield await self.model.forward([Segment(block, cache)], timeline=timeline)
 
+    def timeline(self) -> Timeline:
+        """What adds up the times of a generation, and keeps them where a trace is wanted."""
+        return Timeline(self._spans)
+
     def traffic(self) -> tuple[int, int, int]:
         """(bytes sent, bytes received, calls) since the engine opened."""
         return self._experts.traffic() if self._experts else (0, 0, 0)
@@ -289,7 +300,7 @@ class _Generation:
         self._text_of: StreamDecoder | None = engine.tokenizer.stream() if engine.tokenizer else None
         eos_ids = engine.tokenizer.eos_ids if engine.tokenizer else engine.config.eos_token_ids
         self._eos = frozenset(() if ignore_eos else eos_ids)
-        self._prefill, self._decode = Timeline(), Timeline()
+        self._prefill, self._decode = engine.timeline(), engine.timeline()
         self._ids: list[int] = []
         self._seen = list(prompt)
         self._text: list[str] = []

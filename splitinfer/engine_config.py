@@ -32,6 +32,9 @@ class EngineConfig:
 
     With nodes, `local_layers` ("0-9") keeps the experts of these layers here, or `local_memory` ("6GiB")
     those of as many layers as fit; the nodes need not hold them.
+
+    `trace` names a file that gets, when the engine closes, a time line of all it did (see
+    `splitinfer.trace`); every stretch is kept in memory until then, some 300 bytes each.
     """
 
     device: str = "cpu"
@@ -46,6 +49,7 @@ class EngineConfig:
     timeout: float = 60.0
     local_layers: str | None = None
     local_memory: str | None = None
+    trace: str | None = None
     draft: str = "auto"
     draft_depth: int | str = "auto"
     transport: transport.ClientConfig | None = None

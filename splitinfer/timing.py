@@ -1,9 +1,9 @@
 """Where the time of a step went: named phases on one clock, cheap enough to leave on.
 
-Phases are the words of the design: "attention", "router", "dense", "experts" (their arithmetic, as far as it
-was waited for), "network" (the rest of that wait), "head", "sampling", "draft". Times are
-`time.perf_counter()` seconds. Phases do not overlap, so their sum is the time of the step less what no phase
-claims.
+Phases are the words of the design: "attention", "router", "dispatch" (handing rows to the kernel), "dense",
+"experts" (their arithmetic, as far as it was waited for), "network" (the rest of that wait), "combine",
+"head", "sampling", "draft". Times are `time.perf_counter()` seconds. Phases do not overlap, so their sum is
+the time of the step less what no phase claims.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ __all__ = ["Span", "Timeline", "perf_counter"]
 
 
 class Span(NamedTuple):
-    """One stretch of one phase. `layer` is -1 outside the layers."""
+    """One stretch of one phase. `layer` is -1 outside the layers. `node` is the address of the node whose
+    arithmetic it is, "" for this machine."""
 
     phase: str
     layer: int
     start: float
     end: float
+    node: str = ""
 
 
 @dataclass(slots=True)
@@ -36,6 +38,15 @@ class Timeline:
         self.seconds[phase, layer] += end - start
         if self.spans is not None:
             self.spans.append(Span(phase, layer, start, end))
+
+    def add_remote(self, layer: int, node: str, sent: float, answered: float, seconds: float) -> None:
+        """Keep a node's own account of `seconds` of arithmetic for a call from `sent` to `answered`.
+
+        Clocks differ between machines: it is shown as if both ways had taken equally long.
+        """
+        if self.spans is not None:
+            start = max(sent, (sent + answered - seconds) / 2)
+            self.spans.append(Span("experts", layer, start, min(answered, start + seconds), node))
 
     def by_phase(self) -> dict[str, float]:
         """Seconds by phase, summed over layers."""

@@ -8,7 +8,7 @@ Each room may import what stands on the same line or below it:
     engine_config
     dispatch  node  drafting        split execution: client, server; several tokens per step
     mixed                           some layers here, the others on nodes
-    placement
+    placement  fanout  trace
     transport       model  demo     bytes and tensors | mathematics: neither knows the other
     config  errors  generation  timing
 """
@@ -33,12 +33,15 @@ MAY_IMPORT = {
     "transport": {"errors", "transport"},
     "model": {"errors", "timing", "model", "demo"},
     "placement": {"errors"},
-    "dispatch": GROUND | {"transport", "placement"},
+    "fanout": set(),
+    "trace": {"errors", "timing"},
+    "dispatch": GROUND | {"transport", "placement", "fanout"},
     "node": GROUND | {"transport", "placement", "dispatch", "model"},
     "drafting": {"errors", "timing", "model"},
     "mixed": {"errors", "timing", "placement", "model"},
     "engine_config": {"errors", "transport", "model"},
-    "engine": GROUND | {"transport", "placement", "dispatch", "drafting", "engine_config", "mixed", "model"},
+    "engine": GROUND
+    | {"transport", "placement", "dispatch", "drafting", "engine_config", "mixed", "trace", "model"},
     "blocking": GROUND | {"engine", "dispatch", "model"},
 }
 TOP = {"cli", "__init__", "__main__"}
