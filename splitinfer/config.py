@@ -116,12 +116,13 @@ class Settings:
 
     `model` is a folder, a file or a hub id ("": the built-in demo model); `nodes` are addresses of expert
     nodes (none: experts on this machine); `experts` and `layers` are what a node holds, as ranges
-    ("0-31,64-95"); `timeout` is in seconds and bounds every call to a node; `context` is in tokens.
-    `quant` is the experts' weight format, `quant_*` that of the other parts (None: as stored, but int8 for
-    the others where `quant` is int8 or int4). `local_layers`, `local_memory`, `draft` and `draft_depth` are
-    those of `EngineConfig`. `wire_dtype` rounds rows on the wire (None: never). `simulate_*` put an emulated
-    link before every node ("20ms", "100mbit"). `tls_ca` is a file, or "system" for the authorities
-    of this machine's system; `insecure` lets a node listen beyond this machine without token and TLS.
+    ("0-31,64-95"), `slice` how much of each expert ("1/2"); `timeout` is in seconds and bounds every call
+    to a node; `context` is in tokens. `quant` is the experts' weight format, `quant_*` that of the other
+    parts (None: as stored, but int8 for the others where `quant` is int8 or int4). `local_layers`,
+    `local_memory`, `draft` and `draft_depth` are those of `EngineConfig`. `wire_dtype` rounds rows on the
+    wire (None: never). `simulate_*` put an emulated link before every node ("20ms", "100mbit"). `tls_ca` is
+    a file, or "system" for the authorities of this machine's system; `insecure` lets a node listen beyond
+    this machine without token and TLS.
     """
 
     model: str = _setting("", _text, is_path=True)
@@ -155,6 +156,7 @@ class Settings:
     insecure: bool = _setting(False, _switch)
     experts: str | None = _setting(None, _text)
     layers: str | None = _setting(None, _text)
+    slice: str | None = _setting(None, _text)
     host: str = _setting("127.0.0.1", _text)
     port: int = _setting(7077, _whole(0, 65535))
 

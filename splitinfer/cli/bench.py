@@ -78,6 +78,7 @@ def _everything(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     arguments = {
         "experts": f"0-{config.num_experts - 1}",
         "layers": f"0-{config.num_hidden_layers - 1}",
+        "slice": settings.slice and "1/1",
         "host": "127.0.0.1",
         "compression": settings.compression,
         "token-file": settings.token_file,

@@ -19,6 +19,7 @@ EPILOG = """
   splitinfer node --experts 0-31                  half of the demo model
   splitinfer node path/to/gemma --experts 0-31,64-95
   splitinfer node path/to/gemma --layers 0-14     every expert of some layers
+  splitinfer node path/to/gemma --slice 1/2       the first half of every expert
   splitinfer node --experts 32-63 --port 0        any free port; prints which
 """
 
@@ -43,6 +44,7 @@ async def _serve(settings: Settings) -> None:
             model_of(settings),
             experts=settings.experts,
             layers=settings.layers,
+            slice=settings.slice,
             host=settings.host,
             port=settings.port,
             threads=settings.threads,

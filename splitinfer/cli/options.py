@@ -32,7 +32,7 @@ _WHO = "Who may talk"
 MODEL = ("model_argument", "model")
 QUANT = ("quant", "quant_attention", "quant_dense", "quant_embeddings", "quant_lm_head")
 SERVING = (
-    "experts", "layers", "host", "port", "quant", "threads", "compression", "token_file", "tls_cert",
+    "experts", "layers", "slice", "host", "port", "quant", "threads", "compression", "token_file", "tls_cert",
     "tls_key", "tls_ca", "insecure",
 )  # fmt: skip
 LINK = (
@@ -64,6 +64,7 @@ _SETTINGS: dict[str, Any] = {
     "model": Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help=_MODEL_HELP)],
     "experts": _text("RANGES", "Experts to hold: 0-31,64-95. Default: all.", _WHAT),
     "layers": _text("RANGES", "Layers to hold them of. Default: all.", _WHAT),
+    "slice": _text("PART", "Part of every expert to hold: 1/2, or 0.3:0.7. Default: whole.", _WHAT),
     "host": _text("HOST", "Address to listen on. Default: 127.0.0.1.", _WHERE),
     "port": _number(int | None, "PORT", "Port; 0 takes any free one. Default: 7077.", _WHERE),
     "device": _text("DEVICE", "Device of the client's half: cpu, cuda, cuda:N, mps.", _WHERE),

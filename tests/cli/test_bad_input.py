@@ -101,6 +101,7 @@ def test_missing_shard_file(cli: Cli, tmp_path: Path) -> None:
         (["--experts", "0-3,3-5"], "--experts '0-3,3-5'"),
         (["--layers", "3-4"], "--layers '3-4': 4 is out of bounds, this model has 4 (0-3)"),
         (["--layers", "-1"], "--layers '-1'"),
+        (["--slice", "3/2"], "--slice '3/2' is not a slice"),
     ],
 )
 def test_ranges(cli: Cli, tiny: Path, flags: list[str], says: str) -> None:
