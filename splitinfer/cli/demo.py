@@ -4,112 +4,148 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from splitinfer.cli.console import busy, human_size, screen
 from splitinfer.cli.processes import node_process
+from splitinfer.cli.session import client_config, model_of
+from splitinfer.config import Settings, load_settings
 from splitinfer.errors import SplitinferError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from pathlib import Path
 
+    from rich.console import Console, RenderableType
+
+    from splitinfer.blocking import Engine
     from splitinfer.generation import Completion
 
 __all__ = ["EPILOG", "command"]
 
 EPILOG = """
 [bold]Examples[/bold]
-  splitinfer demo                        two nodes on loopback, the built-in model
-  splitinfer demo --prompt "class "      another beginning
+  splitinfer demo                      two nodes on loopback, the built-in model
+  splitinfer demo --prompt "class "    another beginning
 """
 
-PHASES = ("attention", "router", "dense", "network", "experts")
-COLORS = {"attention": "cyan", "router": "blue", "dense": "magenta", "network": "yellow", "experts": "green"}
+PROMPT = "def read(self, size=-1):\n"
+PHASES = {"attention": "cyan", "router": "blue", "dense": "magenta", "network": "yellow", "experts": "green"}
+HERE = ["--host", "127.0.0.1", "--threads", "1"]
+# Plain decoding in float32: nodes add their sums in another order, and here that must not show.
+EXACT: dict[str, Any] = {"dtype": "float32", "threads": 1, "draft": "off"}
+BAR_WIDTH = 24  # characters of the slowest layer's bar
 
 
 def command(
-    prompt: Annotated[str, typer.Option(help="What the model goes on from.")] = "def read(self, size=-1):\n",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 96,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", show_default=False, help="Default: the built-in model.")
     ] = None,
+    prompt: Annotated[str, typer.Option(help="What the model goes on from.", show_default=False)] = PROMPT,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 96,
 ) -> None:
-    """Generate through two expert nodes on this machine, show the cost, and check against a local run."""
-    import splitinfer
-    from splitinfer import demo
-    from splitinfer.model.config import load_config
+    """Generate through two expert nodes on this machine, show what it costs, compare with a local run.
+
+    The nodes are processes of their own on loopback; they are gone when the command ends.
+    """
     from splitinfer.model.hub import resolve_model
 
-    path = resolve_model(model or demo.path())
+    path = resolve_model(model_of(Settings(model=model or "")))
+    console = screen(stderr=False)
+    split = _split_run(console, path, prompt, max_tokens)
+    console.print(_costs(split))
+    with busy("the same with the experts here"):
+        import splitinfer
+
+        with splitinfer.load(path, **EXACT) as engine:
+            local = engine.generate(prompt, max_tokens=max_tokens)
+    if split.token_ids != local.token_ids:
+        same = sum(a == b for a, b in zip(split.token_ids, local.token_ids, strict=False))
+        raise SplitinferError(f"the tokens differ: {same} of {len(local.token_ids)} agree")
+    console.print(
+        f"[bold green]same tokens[/] with the experts here: {len(local.token_ids)} of {len(split.token_ids)} "
+        f"(at {local.timings.decode_tokens_per_second:.0f} tokens/s)",
+        soft_wrap=True,
+    )
+
+
+def _split_run(console: Console, path: Path, prompt: str, max_tokens: int) -> Completion:
+    """Start the nodes, generate through them, stop them."""
+    import splitinfer
+    from splitinfer.model.config import load_config
+
     count = load_config(path).num_experts
-    half = count // 2
+    halves = f"0-{count // 2 - 1}", f"{count // 2}-{count - 1}"
+    trust = client_config(load_settings())  # the nodes read the same settings
     with ExitStack() as stack:
         with busy("starting two expert nodes"):
             addresses = [
-                stack.enter_context(node_process([str(path), "--experts", experts, "--threads", "1"]))
-                for experts in (f"0-{half - 1}", f"{half}-{count - 1}")
+                stack.enter_context(node_process([str(path), "--experts", half, *HERE])) for half in halves
             ]
-        console = screen()
-        for address, held in zip(addresses, (f"0-{half - 1}", f"{half}-{count - 1}"), strict=True):
-            console.print(f"node {address} holds experts {held}", style="dim", highlight=False)
+        for address, half in zip(addresses, halves, strict=True):
+            console.print(f"node {address} holds experts {half}", style="dim", highlight=False)
         with busy("loading attention, router and embeddings"):
-            engine = stack.enter_context(splitinfer.load(path, nodes=addresses, threads=1))
-        split = _generate(engine, prompt, max_tokens)
-    console.print(_table(split))
-    console.print(_summary(split))
-    with busy("the same with the experts here"), splitinfer.load(path, threads=1) as engine:
-        local = engine.generate(prompt, max_tokens=max_tokens)
-    same = sum(a == b for a, b in zip(split.token_ids, local.token_ids, strict=False))
-    speeds = f"{split.timings.decode_tokens_per_second:.1f} tokens/s split, "
-    speeds += f"{local.timings.decode_tokens_per_second:.1f} with the experts here"
-    if split.token_ids != local.token_ids:
-        raise SplitinferError(f"the tokens differ: {same} of {len(local.token_ids)} agree ({speeds})")
-    console.print(f"[bold green]same tokens[/]: {same} of {len(local.token_ids)}; {speeds}")
+            engine = stack.enter_context(splitinfer.load(path, addresses, transport=trust, **EXACT))
+        return _show(console, engine, prompt, max_tokens)
 
 
-def _generate(engine: object, prompt: str, max_tokens: int) -> Completion:
-    """Stream the text to standard output as it comes."""
-    from splitinfer.blocking import Engine
+def _show(console: Console, engine: Engine, prompt: str, max_tokens: int) -> Completion:
+    """Generate with a live display on a terminal; elsewhere the text as it comes."""
+    completion: Completion | None = None
+    if not console.is_terminal:
+        sys.stdout.write(prompt)
+        for piece in engine.stream(prompt, max_tokens=max_tokens):
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            completion = piece.completion
+        sys.stdout.write("\n\n")
+    else:
+        from rich.live import Live
 
-    assert isinstance(engine, Engine)
-    sys.stdout.write(prompt)
-    completion = None
-    for piece in engine.stream(prompt, max_tokens=max_tokens):
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
-        completion = piece.completion
-    assert completion is not None
-    sys.stdout.write("\n\n")
-    sys.stdout.flush()
+        text, tokens, start = "", 0, perf_counter()
+        with Live(console=console, refresh_per_second=12) as live:
+            for piece in engine.stream(prompt, max_tokens=max_tokens):
+                text, tokens = text + piece.text, tokens + len(piece.token_ids)
+                live.update(_frame(prompt, text, tokens / (perf_counter() - start)))
+                completion = piece.completion
+    assert completion is not None  # a stream ends with its completion
     return completion
 
 
-def _table(completion: Completion) -> Table:
-    """Time per layer for one token, as figures and as a bar."""
+def _frame(prompt: str, text: str, speed: float) -> RenderableType:
+    """The text so far, prompt dimmed, under its speed."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    body = Text.assemble((prompt, "dim"), text)
+    return Panel(body, title=f"{speed:.0f} tokens/s", title_align="left", border_style="dim")
+
+
+def _costs(completion: Completion) -> RenderableType:
+    """Time of one token by layer, as figures and as a bar, and the bytes it took."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="one token, layer by layer (µs)", title_justify="left", box=None, padding=(0, 1))
-    table.add_column("layer", justify="right")
-    for phase in PHASES:
-        table.add_column(phase, justify="right", style=COLORS[phase])
+    layers = completion.timings.layers
+    table = Table(title="one token, µs by layer", title_justify="left", box=None, padding=(0, 1))
+    table.add_column("layer", justify="right", style="dim")
+    for phase, color in PHASES.items():
+        table.add_column(phase, justify="right", style=color)
     table.add_column("")
-    longest = max(sum(layer.values()) for layer in completion.timings.layers)
-    for number, layer in enumerate(completion.timings.layers):
+    longest = max(sum(layer.values()) for layer in layers)
+    for number, layer in enumerate(layers):
         bar = Text()
-        for phase in PHASES:
-            bar.append("█" * round(40 * layer.get(phase, 0.0) / longest), style=COLORS[phase])
+        for phase, color in PHASES.items():
+            bar.append("█" * round(BAR_WIDTH * layer.get(phase, 0.0) / longest), style=color)
         table.add_row(str(number), *(f"{layer.get(phase, 0.0) * 1e6:.0f}" for phase in PHASES), bar)
-    return table
-
-
-def _summary(completion: Completion) -> str:
     usage, timings = completion.usage, completion.timings
-    tokens = usage.prompt_tokens + usage.completion_tokens - 1
-    return (
-        f"{timings.decode_tokens_per_second:.1f} tokens/s, first token after {timings.ttft * 1000:.0f} ms; "
-        f"per token {human_size(usage.bytes_sent / tokens)} sent and "
-        f"{human_size(usage.bytes_received / tokens)} received; {usage.calls} calls"
+    rows = usage.prompt_tokens + usage.completion_tokens - 1
+    summary = Text(
+        f"{timings.decode_tokens_per_second:.1f} tokens/s, the first after {timings.ttft * 1e3:.0f} ms; "
+        f"{human_size(usage.bytes_sent / rows)} sent and {human_size(usage.bytes_received / rows)} received "
+        f"per token, in {usage.calls} calls\n"
     )
+    return Group(table, "", summary)
