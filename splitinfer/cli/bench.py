@@ -15,6 +15,7 @@ from splitinfer.cli.options import LINK, MODEL, Json, takes
 from splitinfer.cli.processes import node_process
 from splitinfer.cli.rtt import CallFigures, measure_calls, percentile
 from splitinfer.cli.session import client_config, model_of, name_of
+from splitinfer.cli.transport_figures import measure_transport, table_of
 from splitinfer.config import Settings
 from splitinfer.errors import UsageError
 
@@ -28,9 +29,11 @@ EPILOG = """
   splitinfer bench --rtt                   the demo model, a node on loopback
   splitinfer bench path/to/gemma --rtt --nodes host:7077
   splitinfer bench --rtt --json | jq .decode.network_ms
+  splitinfer bench --transport --nodes host:7077
 """
 
 # How long each kind of call is measured.
+LOAD: dict[str, Any] = {"seconds": 2.0}
 DECODE: dict[str, Any] = {"at_least": 50, "at_most": 2000, "seconds": 3.0}
 PREFILL: dict[str, Any] = {"at_least": 5, "at_most": 100, "seconds": 5.0}
 _LAST_OF_SECTION = ("received", "round trip, p99 ms")
@@ -41,6 +44,10 @@ def command(
     rtt: Annotated[
         bool, typer.Option("--rtt", help="Round trips of expert calls: one decode row, one prefill block.")
     ] = False,
+    transport: Annotated[
+        bool,
+        typer.Option("--transport", help="What the link carries: one row, 16 MiB, many rows at a time."),
+    ] = False,
     json_: Json = False,
     *,
     settings: Settings,
@@ -50,8 +57,11 @@ def command(
     Without --nodes one node with all experts is started on loopback, in a
     process of its own.
     """
-    if not rtt:
-        raise UsageError("there is nothing to measure", remedy="Say what: splitinfer bench --rtt.")
+    if rtt == transport:
+        raise UsageError(
+            "one thing can be measured at a time" if rtt else "there is nothing to measure",
+            remedy="Say what: splitinfer bench --rtt, or splitinfer bench --transport.",
+        )
     with busy(f"opening {name_of(settings)}"):
         from splitinfer.model.hub import resolve_model
         from splitinfer.model.weights import Checkpoint
@@ -62,6 +72,9 @@ def command(
         if not addresses:
             with busy("starting a node on loopback"):
                 addresses = (stack.enter_context(node_process(_everything(checkpoint, settings))),)
+        if transport:
+            run(_measure_links(settings, addresses, json_=json_))
+            return
         figures = run(_measure(settings, checkpoint, addresses))
     if json_:
         print(json.dumps(_as_json(settings, figures)))
@@ -112,6 +125,25 @@ async def _measure(
         with busy(f"calling with a prefill block of {PREFILL_ROWS} rows"):
             prefill = await measure_calls(experts, config, rows=PREFILL_ROWS, **PREFILL)
     return {"decode": decode, "prefill": prefill}
+
+
+async def _measure_links(settings: Settings, addresses: tuple[str, ...], *, json_: bool) -> None:
+    """Measure the link to each node by itself, and print what it carries."""
+    from splitinfer.transport import connect
+
+    figures = {}
+    for address in addresses:
+        with busy(f"measuring the link to {address}"):
+            async with await connect(address, config=client_config(settings)) as channel:
+                figures[address] = await measure_transport(channel, timeout=settings.timeout, **LOAD)
+    if json_:
+        links = [
+            {"node": address, "loads": [load.to_json() for load in figures[address]]} for address in figures
+        ]
+        print(json.dumps({"bench": "transport", "version": __version__, "links": links}))
+        return
+    for address, loads in figures.items():
+        screen(stderr=False).print(table_of(f"the link to {address}", loads))
 
 
 def _as_json(settings: Settings, figures: Mapping[str, CallFigures]) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from splitinfer.cli.console import human_size
 from splitinfer.cli.rtt import percentile
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from splitinfer.transport import Channel
 
-__all__ = ["IN_FLIGHT", "LARGE_NBYTES", "ROW_NBYTES", "LoadFigures", "measure_transport"]
+__all__ = ["IN_FLIGHT", "LARGE_NBYTES", "ROW_NBYTES", "LoadFigures", "measure_transport", "table_of"]
 
 ROW_NBYTES: Final = 5632  # a row of Gemma 4 26B-A4B in bfloat16
 LARGE_NBYTES: Final = 16 << 20
@@ -78,6 +81,21 @@ async def measure_transport(channel: Channel, *, seconds: float, timeout: float)
         await _measure("16 MiB", LARGE_NBYTES, 1, echo(LARGE_NBYTES), seconds),
         await _measure(f"{IN_FLIGHT} rows at a time", ROW_NBYTES, IN_FLIGHT, echo(ROW_NBYTES), seconds),
     ]
+
+
+def table_of(title: str, figures: Sequence[LoadFigures]) -> Table:
+    """One line for each load."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("there and back")
+    for heading in ("p50 ms", "p90 ms", "p99 ms", "calls/s", "both ways"):
+        table.add_column(heading, justify="right")
+    for load in figures:
+        times = [f"{percentile(load.seconds, p) * 1e3:.3f}" for p in (50, 90, 99)]
+        rate = f"{human_size(int(load.bytes_per_second))}/s" if load.nbytes else ""
+        table.add_row(load.load, *times, f"{load.calls_per_second:,.0f}", rate)
+    return table
 
 
 async def _measure(

@@ -1,4 +1,4 @@
-"""`splitinfer bench --rtt`: real calls to a real node, as a table and as JSON; no process left behind."""
+"""`splitinfer bench`: real calls to a real node, as a table and as JSON; no process left behind."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for limits in (bench.DECODE, bench.PREFILL):
         monkeypatch.setitem(limits, "at_least", 8)
         monkeypatch.setitem(limits, "seconds", 0.0)
+    monkeypatch.setitem(bench.LOAD, "seconds", 0.0)
 
 
 def test_json(cli: Cli, tiny: Path, whole_node: str) -> None:
@@ -67,3 +68,29 @@ def test_sigterm_leaves_no_process(tiny: Path) -> None:
         out, err = measuring.communicate(timeout=20)
     assert (measuring.returncode, out, err) == (143, "", "")
     assert not any(node.is_running() for node in nodes)
+
+
+def test_transport_as_json(cli: Cli, tiny: Path, whole_node: str) -> None:
+    ran = cli("bench", str(tiny), "--transport", "--json", "--nodes", whole_node, "--simulate-rtt", "2ms")
+    assert (ran.code, ran.err) == (0, "")
+    made = json.loads(ran.out)
+    assert (made["bench"], [link["node"] for link in made["links"]]) == ("transport", [whole_node])
+    loads = {load["load"]: load for load in made["links"][0]["loads"]}
+    assert loads["one row"]["nbytes"] == 5632
+    assert loads["16 MiB"]["nbytes"] == 16 << 20
+    assert loads["64 rows at a time"]["in_flight"] == 64
+    assert all(load["round_trip_ms"]["p50"] >= 2 for load in loads.values())
+
+
+def test_transport_as_a_table(cli: Cli, tiny: Path, whole_node: str) -> None:
+    ran = cli("bench", str(tiny), "--transport", "--nodes", whole_node)
+    assert (ran.code, ran.err) == (0, "")
+    for text in (f"the link to {whole_node}", "ping", "one row", "16 MiB", "64 rows at a time", "/s"):
+        assert text in ran.out
+
+
+@pytest.mark.parametrize("flags", [(), ("--rtt", "--transport")])
+def test_one_thing_at_a_time(cli: Cli, tiny: Path, flags: tuple[str, ...]) -> None:
+    ran = cli("bench", str(tiny), *flags)
+    assert ran.code == 2
+    assert "--transport" in ran.err
