@@ -18,8 +18,8 @@ from splitinfer.transport.addresses import Address
 from splitinfer.transport.client import Channel, connect
 from splitinfer.transport.config import ClientConfig, ServerConfig
 from splitinfer.transport.frames import Limits
-from splitinfer.transport.messages import Reply
-from splitinfer.transport.server import Answer, Call, Handler, Server, serve
+from splitinfer.transport.messages import Call, Reply
+from splitinfer.transport.server import Answer, Handler, Server, serve
 from splitinfer.transport.session import Stats
 from splitinfer.transport.tensors import Array, Tensor
 

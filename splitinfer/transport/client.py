@@ -79,14 +79,17 @@ class Channel:
         ConnectError, DeadlineExceeded, Overloaded, RemoteError; cancelling it cancels the work at the server.
         Raises LocalProtocolError for what cannot be sent, Overloaded where the server drains.
         """
-        call = SingleCall(method, self.config.call_timeout if timeout is None else timeout, self._loop)
+        if timeout is None:
+            timeout = self.config.call_timeout
         session = self._session
         if session is not None and not session.link.closed:
-            session.begin(call, tensors, meta)
-        else:
-            task = self._loop.create_task(self._begin_later(call, tensors, meta))
-            self._waiting.add(task)
-            task.add_done_callback(self._waiting.discard)
+            return session.start(method, tensors, meta, timeout)
+        call = SingleCall(loop=self._loop)
+        call.method, call.timeout, call.session = method, timeout, None
+        call.deadline = monotonic() + timeout
+        task = self._loop.create_task(self._begin_later(call, tensors, meta))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
         return call
 
     async def call(

@@ -21,7 +21,7 @@ from msgpack import unpackb
 
 from splitinfer.errors import LimitExceeded, LocalProtocolError, RemoteProtocolError
 from splitinfer.transport.buffers import ALIGNMENT, aligned
-from splitinfer.transport.tensors import DTYPE_BY_CODE, Array, TensorSpec, is_plain, spec_of
+from splitinfer.transport.tensors import DTYPE_BY_CODE, TensorSpec
 
 __all__ = [
     "AUTH",
@@ -37,7 +37,6 @@ __all__ = [
     "HEAD_NBYTES",
     "HELLO",
     "ITEM",
-    "JOIN_NBYTES",
     "MAGIC",
     "PING",
     "PONG",
@@ -49,10 +48,8 @@ __all__ = [
     "WELCOME",
     "ZEROS",
     "Entry",
-    "Layout",
     "Limits",
     "Table",
-    "layout_of",
     "pack_frame",
     "pack_map",
     "pack_table",
@@ -83,8 +80,6 @@ HEAD: Final = Struct("<3sBIQIIII")
 HEAD_NBYTES: Final = HEAD.size
 # A body larger than this travels in pieces, between which other frames pass.
 CHUNK_NBYTES: Final = 256 * 1024
-# One copy of a body up to this size costs less than a longer list of pieces for the kernel.
-JOIN_NBYTES: Final = 16 * 1024
 ZEROS: Final = tuple(bytes(n) for n in range(ALIGNMENT))
 
 REMEMBERED: Final = 256
@@ -121,19 +116,6 @@ class Table(NamedTuple):
     body_nbytes: int
     nbytes: int
     raw: bool
-
-
-class Layout(NamedTuple):
-    """A packed table for tensors sent as they are, and the zeros that follow each of them.
-
-    `small`: the tensors may be joined into one buffer, each as `joinable` gives it.
-    """
-
-    table: bytes
-    padding: tuple[bytes, ...]
-    body_nbytes: int
-    small: bool
-    specs: tuple[TensorSpec, ...]
 
 
 EMPTY_TABLE: Final = Table("", (), 0, 0, True)
@@ -176,35 +158,6 @@ def unpack_map(data: memoryview) -> dict[str, Any]:
 
 def _no_extension(code: int, data: bytes) -> None:
     raise RemoteProtocolError(f"a frame's msgpack holds extension type {code}")
-
-
-def layout_of(
-    method: str, tensors: Sequence[Array], limits: Limits, known: dict[tuple[Any, ...], Layout]
-) -> Layout:
-    """The table for these tensors sent as they are; `known` remembers it for the next call like this one.
-
-    Raises LocalProtocolError for a dtype or type that cannot be sent, LimitExceeded.
-    """
-    try:
-        key = (method, *[(tensor.dtype, tensor.shape) for tensor in tensors])
-        layout = known.get(key)
-    except (AttributeError, TypeError):
-        raise LocalProtocolError(
-            "only numpy arrays and torch CPU tensors can be sent", remedy="Put plain values into meta."
-        ) from None
-    if layout is not None:
-        return layout
-    specs = tuple(spec_of(tensor) for tensor in tensors)
-    packed = pack_table(method, [(spec, 0, spec.nbytes) for spec in specs], limits)
-    padding = tuple(ZEROS[-spec.nbytes % ALIGNMENT] for spec in specs)
-    nbytes = sum(aligned(spec.nbytes) for spec in specs)
-    small = nbytes <= JOIN_NBYTES and all(is_plain(tensor) for tensor in tensors)
-    layout = Layout(packed, padding, nbytes, small, specs)
-    if len(packed) <= REMEMBERED_NBYTES:
-        if len(known) >= REMEMBERED:
-            known.clear()
-        known[key] = layout
-    return layout
 
 
 def pack_table(method: str, tensors: Sequence[tuple[TensorSpec, int, int]], limits: Limits) -> bytes:

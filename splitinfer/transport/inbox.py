@@ -44,6 +44,7 @@ SLAB_NBYTES: Final = 64 * 1024
 # A body up to this size is waited for in the slab; of a larger one at most a slab's worth is copied once.
 SMALL_NBYTES: Final = 24 * 1024
 _MIN_READ: Final = 8 * 1024
+_FULL: Final = SLAB_NBYTES - _MIN_READ
 _FRAME_NBYTES: Final = 64  # the shortest frame
 _HEAD_START: Final = Struct("<4sIQI")  # magic and kind, value, id, table nbytes
 _LEADS: Final = frozenset(MAGIC + bytes((kind,)) for kind in (REQUEST, REPLY, ITEM))
@@ -71,14 +72,13 @@ class _Landing:
 
 
 class _Known(NamedTuple):
-    """What sizes and table of a small frame say; offsets from the frame's start."""
+    """What sizes and table of a small frame say. The places are within the frame."""
 
     frame_nbytes: int
-    meta_start: int
-    meta_end: int
+    meta: slice | None
     method: str
     nbytes: int
-    views: tuple[tuple[str, tuple[int, ...], int, int], ...]  # dtype, shape, first byte, end
+    tensors: tuple[tuple[str, tuple[int, ...], slice], ...]  # dtype, shape, place
 
 
 class Inbox:
@@ -95,10 +95,12 @@ class Inbox:
         *,
         decode: Decoder | None = None,
         pool: BufferPool = POOL,
+        make: type[Message] = Message,
     ) -> None:
         self.nbytes = 0  # received in all
         self._admit = admit
         self._decode = decode
+        self._make = make
         self._pool = pool
         self._slab = pool.take(SLAB_NBYTES)
         self._start = 0  # of the first frame not yet parsed, a multiple of 64
@@ -127,14 +129,30 @@ class Inbox:
         Raises RemoteProtocolError, VersionMismatch, or what `admit` raises: the connection is beyond repair.
         """
         self.nbytes += nbytes
+        start, slab = self._start, self._slab
+        end = self._end + nbytes
+        if self._into is None and end - start >= _FRAME_NBYTES:
+            # One small frame like one before: what was checked then need not be checked again.
+            lead, value, id, table_nbytes = _HEAD_START.unpack_from(slab, start)
+            like = self._known.get(slab[start + 16 : start + HEAD_NBYTES + table_nbytes].tobytes())
+            if like is not None and like[0] == end - start and lead in _LEADS and not self._landings:
+                _, where, method, size, views = like
+                frame = slab[start:end]
+                meta = unpack_map(frame[where]) if where else {}
+                tensors = [Tensor(dtype, shape, frame[place]) for dtype, shape, place in views]
+                self._start = self._end = end
+                self._need = HEAD_NBYTES
+                if end <= _FULL:
+                    self.buffer = slab[end:]
+                else:
+                    self._aim()
+                return [self._make(lead[3], id, value, meta, tensors, method, size)]
         messages: list[Message] = []
         if self._into is not None:
             self._received_piece(self._into, nbytes, messages)
         else:
-            self._end += nbytes
-            while self._end - self._start >= self._need and (
-                self._recognise(messages) or self._parse(messages)
-            ):
+            self._end = end
+            while self._end - self._start >= self._need and self._parse(messages):
                 pass
         self._aim()
         return messages
@@ -142,22 +160,6 @@ class Inbox:
     def drop(self, id: int) -> bool:
         """Forget a body under way: no more of it will come. True if there was one."""
         return self._landings.pop(id, None) is not None
-
-    def _recognise(self, messages: list[Message]) -> bool:
-        """Take a small frame like one before out of the slab: what was checked then need not be again."""
-        start, slab = self._start, self._slab
-        lead, value, id, table_nbytes = _HEAD_START.unpack_from(slab, start)
-        known = self._known.get(slab[start + 16 : start + HEAD_NBYTES + table_nbytes].tobytes())
-        if known is None or lead not in _LEADS or self._end - start < known.frame_nbytes or self._landings:
-            return False
-        frame_nbytes, meta_start, meta_end, method, nbytes, views = known
-        meta = unpack_map(slab[start + meta_start : start + meta_end]) if meta_start < meta_end else {}
-        message = Message(lead[3], id, value, meta, method, nbytes)
-        message.tensors = [Tensor(dtype, shape, slab[start + a : start + b]) for dtype, shape, a, b in views]
-        messages.append(message)
-        self._start = start + frame_nbytes
-        self._need = HEAD_NBYTES
-        return True
 
     def _parse(self, messages: list[Message]) -> bool:
         """Take one frame out of the slab. False where more bytes are needed; `_need` then says how many."""
@@ -190,7 +192,7 @@ class Inbox:
                 self._need = body + body_nbytes - start
                 return False
             meta = unpack_map(slab[meta_start:meta_end]) if meta_nbytes else {}
-            message = Message(kind, id, value, meta, table.method, table.nbytes)
+            message = self._make(kind, id, value, meta, (), table.method, table.nbytes)
             if small:
                 self._take_small(message, table, body, messages)
                 if table_nbytes <= REMEMBERED_NBYTES:
@@ -205,7 +207,7 @@ class Inbox:
             if table_nbytes or body_nbytes:
                 raise RemoteProtocolError(f"a frame of kind {kind} with tensors")
             meta = unpack_map(slab[meta_start:meta_end]) if meta_nbytes else {}
-            message = Message(kind, id, value, meta, "", 0)
+            message = self._make(kind, id, value, meta, (), "", 0)
             if kind <= WELCOME:
                 message.packed_meta = slab[meta_start:meta_end].tobytes()
             messages.append(message)
@@ -228,16 +230,15 @@ class Inbox:
     def _remember(self, key: bytes, meta_nbytes: int, table: Table) -> None:
         if len(self._known) >= REMEMBERED:
             self._known.clear()
-        meta_start = 16 + len(key)
-        body = (meta_start + meta_nbytes + 63) & -64
-        views = tuple(
-            (spec.dtype.name, spec.shape, body + first, body + first + nbytes)
+        start = 16 + len(key)
+        end = start + meta_nbytes
+        body = (end + 63) & -64
+        tensors = tuple(
+            (spec.dtype.name, spec.shape, slice(body + first, body + first + nbytes))
             for spec, _, nbytes, first in table.entries
         )
-        end = body + table.body_nbytes
-        self._known[key] = _Known(
-            end, meta_start, meta_start + meta_nbytes, table.method, table.nbytes, views
-        )
+        meta = slice(start, end) if meta_nbytes else None
+        self._known[key] = _Known(body + table.body_nbytes, meta, table.method, table.nbytes, tensors)
 
     def _land(self, message: Message, table: Table, body: int, nbytes: int, messages: list[Message]) -> None:
         """The first piece of a body that gets a buffer of its own."""

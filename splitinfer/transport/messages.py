@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
-__all__ = ["Message", "Reply"]
+__all__ = ["Call", "Message", "Reply"]
 
 
 @dataclass(slots=True)
@@ -20,16 +21,24 @@ class Reply:
 class Message(Reply):
     """One message off the wire, whole. A REPLY is handed to its caller as it is.
 
-    `value` is the head's: milliseconds left, or credit. `nbytes` is the memory that its tensors take, with
-    padding. `refused`: its body was not wanted and has been skipped. `packed_meta` is kept of handshake
-    frames only, because the proofs cover it byte by byte.
+    `caller` is whose call a client's message answers. `value` is the head's: milliseconds left, or credit.
+    `nbytes` is the memory that its tensors take, with padding. `refused`: its body was not wanted and has
+    been skipped. `packed_meta` is kept of handshake frames only, because the proofs cover it byte by byte.
     """
 
+    caller: Any
     packed_meta: bytes
-    __slots__ = ("id", "kind", "method", "nbytes", "packed_meta", "refused", "value")
+    __slots__ = ("caller", "id", "kind", "method", "nbytes", "packed_meta", "refused", "value")
 
     def __init__(
-        self, kind: int, id: int, value: int, meta: dict[str, Any], method: str, nbytes: int
+        self,
+        kind: int,
+        id: int,
+        value: int,
+        meta: dict[str, Any],
+        tensors: Sequence[Any],
+        method: str,
+        nbytes: int,
     ) -> None:
         self.kind = kind
         self.id = id
@@ -37,8 +46,26 @@ class Message(Reply):
         self.meta = meta
         self.method = method
         self.nbytes = nbytes
-        self.tensors = ()
+        self.tensors = tensors
         self.refused = False
 
     def __repr__(self) -> str:
         return f"Reply({list(self.tensors)}, {self.meta})"
+
+
+class Call(Message):
+    """One call, as its handler sees it: `method`, `meta`, `tensors`, and who asks.
+
+    `deadline` is in seconds of the monotonic clock.
+    """
+
+    __slots__ = ("deadline", "peer")
+    deadline: float
+    peer: str
+
+    def time_left(self) -> float:
+        """Seconds until the caller has no more use for an answer; never negative."""
+        return max(0.0, self.deadline - monotonic())
+
+    def __repr__(self) -> str:
+        return f"Call({self.method!r}, {list(self.tensors)}, {self.meta})"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from numpy import ndarray
 
@@ -22,19 +22,22 @@ from splitinfer.transport.frames import (
     HEAD,
     HEAD_NBYTES,
     MAGIC,
+    REMEMBERED,
+    REMEMBERED_NBYTES,
     ZEROS,
-    Layout,
     Limits,
-    layout_of,
     pack_frame,
     pack_map,
     pack_table,
 )
-from splitinfer.transport.tensors import Array, TensorSpec, data_of, joinable
+from splitinfer.transport.tensors import Array, TensorSpec, data_of, is_plain, joinable, spec_of
 
 __all__ = ["Codec", "Outbox", "Piece"]
 
 Piece: TypeAlias = "bytes | memoryview"
+
+# One copy of a body up to this size costs less than a longer list of pieces for the kernel.
+JOIN_NBYTES: Final = 16 * 1024
 
 
 class Codec(Protocol):
@@ -55,6 +58,19 @@ class Codec(Protocol):
         self, spec: TensorSpec, data: memoryview, accepted: frozenset[int], /
     ) -> tuple[int, Sequence[Piece], int] | None:
         """(encoding, pieces, their nbytes together) in an encoding the peer accepts; None: as it is."""
+
+
+class _Small(NamedTuple):
+    """How to send a small message with tensors of certain dtypes and shapes.
+
+    `parts` are to be joined: head, table, meta, zeros, then a tensor and zeros in turn. `bare`: the tensors
+    are numpy arrays, which are their own bytes to `join`.
+    """
+
+    parts: list[Any]
+    table_nbytes: int
+    nbytes: int
+    bare: bool
 
 
 class _Bulk:
@@ -93,8 +109,8 @@ class Outbox:
     __slots__ = (
         "_bulk",
         "_bulk_by_id",
-        "_layouts",
         "_pieces",
+        "_small",
         "accepted",
         "codec",
         "limits",
@@ -108,7 +124,7 @@ class Outbox:
         self.nbytes = 0
         self.sent_nbytes = 0
         self.codec: Codec | None = None
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._small: dict[Any, _Small] = {}  # by method, dtypes and shapes
         self._pieces: list[Piece] = []
         self._bulk: deque[_Bulk] = deque()
         self._bulk_by_id: dict[int, _Bulk] = {}
@@ -125,58 +141,52 @@ class Outbox:
         value: int = 0,
     ) -> None:
         """Queue a message with tensors. Raises LocalProtocolError, LimitExceeded: then nothing was queued."""
-        packed = pack_map(meta, self.limits.max_meta) if meta else b""
-        table, padding, nbytes, small, specs = layout_of(method, tensors, self.limits, self._layouts)
-        codec = self.codec
-        if codec is not None and nbytes >= codec.min_nbytes:
-            datas = [data_of(tensor) for tensor in tensors]
-            forms = [codec.encode(*pair, self.accepted) for pair in zip(specs, datas, strict=True)]
-            if any(forms):
-                plain = [(0, (data,), data.nbytes) for data in datas]
-                chosen = [form or raw for form, raw in zip(forms, plain, strict=True)]
-                self._send_encoded(kind, id, method, specs, chosen, packed, value)
-                return
-        if small:
-            zeros = ZEROS[-(HEAD_NBYTES + len(table) + len(packed)) & 63]
-            head = HEAD.pack(MAGIC, kind, value, id, len(table), len(packed), nbytes, 0)
-            parts: list[Any] = [head, table, packed, zeros]
-            for tensor, zeros in zip(tensors, padding, strict=True):
-                parts += tensor if type(tensor) is ndarray else joinable(tensor), zeros
-            try:
-                frame = b"".join(parts)
-            except TypeError:  # a tensor whose bytes are not in one piece
-                pass
-            else:
-                if len(frame) & 63:
-                    raise _misfit()
-                self.add(id, frame)
-                return
-        body: list[Piece] = []
-        for tensor, zeros in zip(tensors, padding, strict=True):
-            body += data_of(tensor), zeros
-        self._send_body(kind, id, table, packed, value, body, nbytes)
+        try:
+            # A small message like one before. Whatever surprises here goes the careful way, which says why.
+            key: Any = method
+            for tensor in tensors:
+                key = key, tensor.dtype, tensor.shape
+            template, table_nbytes, nbytes, bare = self._small[key]
+            packed = pack_map(meta, self.limits.max_meta) if meta else b""
+            parts = template.copy()
+            parts[0] = HEAD.pack(MAGIC, kind, value, id, table_nbytes, len(packed), nbytes, 0)
+            parts[2] = packed
+            parts[3] = ZEROS[-(HEAD_NBYTES + table_nbytes + len(packed)) & 63]
+            parts[4::2] = tensors if bare else map(joinable, tensors)
+            frame = b"".join(parts)
+        except (AttributeError, KeyError, TypeError):
+            self._send_carefully(kind, id, method, tensors, meta, value)
+            return
+        if len(frame) & 63:
+            raise _misfit()
+        if self._bulk:
+            self.add(id, frame)
+        else:
+            self.nbytes += len(frame)
+            self._pieces.append(frame)
 
-    def _send_encoded(
+    def _send_carefully(
         self,
         kind: int,
         id: int,
         method: str,
-        specs: Sequence[TensorSpec],
-        forms: Sequence[tuple[int, Sequence[Piece], int]],
-        meta: bytes,
+        tensors: Sequence[Array],
+        meta: dict[str, Any] | None,
         value: int,
     ) -> None:
-        """Each tensor in its own form: encoding, pieces, their nbytes together."""
-        rows, body, total = [], list[Piece](), 0
-        for spec, (encoding, pieces, nbytes) in zip(specs, forms, strict=True):
-            rows.append((spec, encoding, nbytes))
-            body += *pieces, ZEROS[-nbytes & 63]
-            total += aligned(nbytes)
-        self._send_body(kind, id, pack_table(method, rows, self.limits), meta, value, body, total)
-
-    def _send_body(
-        self, kind: int, id: int, table: bytes, meta: bytes, value: int, body: list[Piece], nbytes: int
-    ) -> None:
+        specs = [spec_of(tensor) for tensor in tensors]
+        datas = [data_of(tensor) for tensor in tensors]
+        table = pack_table(method, [(spec, 0, spec.nbytes) for spec in specs], self.limits)
+        packed = pack_map(meta or {}, self.limits.max_meta)
+        nbytes = sum(aligned(spec.nbytes) for spec in specs)
+        body: list[Piece] = []
+        if self.codec is not None and nbytes >= self.codec.min_nbytes:
+            table, nbytes = self._encode(self.codec, method, specs, datas, body)
+        else:
+            for data in datas:
+                body += data, ZEROS[-len(data) & 63]
+            if nbytes <= JOIN_NBYTES and len(table) <= REMEMBERED_NBYTES:
+                self._remember(method, tensors, table, specs)
         if sum(map(len, body)) != nbytes:
             raise _misfit()
         limit = self.limits.max_buffered
@@ -188,7 +198,37 @@ class Outbox:
                 limit=limit,
                 remedy="Wait for answers before sending more.",
             )
-        self.add(id, pack_frame(kind, id, table, meta, min(nbytes, CHUNK_NBYTES), value), body, nbytes)
+        head = pack_frame(kind, id, table, packed, min(nbytes, CHUNK_NBYTES), value)
+        if nbytes <= JOIN_NBYTES:
+            self.add(id, b"".join((head, *body)))
+        else:
+            self.add(id, head, body, nbytes)
+
+    def _encode(
+        self, codec: Codec, method: str, specs: list[TensorSpec], datas: list[memoryview], body: list[Piece]
+    ) -> tuple[bytes, int]:
+        """Put each tensor into `body` in the form that the codec chooses; returns the table and the size."""
+        rows, nbytes = [], 0
+        for spec, data in zip(specs, datas, strict=True):
+            encoded = codec.encode(spec, data, self.accepted)
+            encoding, pieces, size = encoded or (0, (data,), data.nbytes)
+            rows.append((spec, encoding, size))
+            body += *pieces, ZEROS[-size & 63]
+            nbytes += aligned(size)
+        return pack_table(method, rows, self.limits), nbytes
+
+    def _remember(self, method: str, tensors: Sequence[Array], table: bytes, specs: list[TensorSpec]) -> None:
+        if not all(is_plain(tensor) for tensor in tensors):
+            return
+        key: Any = method
+        parts: list[Any] = [b"", table, b"", b""]
+        for tensor, spec in zip(tensors, specs, strict=True):
+            key = key, tensor.dtype, tensor.shape
+            parts += b"", ZEROS[-spec.nbytes & 63]
+        if len(self._small) >= REMEMBERED:
+            self._small.clear()
+        bare = all(type(tensor) is ndarray for tensor in tensors)
+        self._small[key] = _Small(parts, len(table), sum(aligned(spec.nbytes) for spec in specs), bare)
 
     def add(self, id: int, head: bytes, body: Sequence[Piece] = (), body_nbytes: int = 0) -> None:
         """Queue frames: `head` is a whole frame, or the first one of a message up to its body, of which it
@@ -227,9 +267,9 @@ class Outbox:
     def sent(self, nbytes: int) -> None:
         """The kernel took the first `nbytes` bytes of `pieces()`."""
         self.sent_nbytes += nbytes
+        self.nbytes = left = self.nbytes - nbytes
         pieces = self._pieces
-        self.nbytes -= nbytes
-        if not self.nbytes:
+        if not left:
             pieces.clear()
             return
         whole = 0

@@ -36,7 +36,7 @@ from splitinfer.transport.frames import (
 )
 from splitinfer.transport.handshake import MAX_HELLO, Authenticator, Handshake, Role, error_from, error_map
 from splitinfer.transport.inbox import Inbox
-from splitinfer.transport.messages import Message
+from splitinfer.transport.messages import Call, Message
 from splitinfer.transport.outbox import Codec, Outbox
 from splitinfer.transport.tensors import Array
 
@@ -98,7 +98,15 @@ class Connection:
         self.draining = False  # the server has said GOAWAY
         self.outbox = Outbox(self.limits)
         self._codec = codec
-        self.inbox = Inbox(self.limits, self._admit, decode=codec.decode if codec else None, pool=pool)
+        self.inbox = Inbox(
+            self.limits,
+            self._admit,
+            decode=codec.decode if codec else None,
+            pool=pool,
+            make=Message if role == "client" else Call,
+        )
+        # The protocol's own part of a message out of the inbox; True where the caller has to see it.
+        self.accept = self._accept_answer if role == "client" else self._accept_request
         self._handshake = Handshake(
             role,
             limits=self.limits,
@@ -109,8 +117,10 @@ class Connection:
             peer=peer,
         )
         self.made = 0  # calls so far: the last id
-        # Calls in flight. A client's: 1, or 0 once cancelled here. A server's: bytes held for it.
-        self._calls: dict[int, int] = {}
+        # A client's calls in flight, by id: whose they are, None once cancelled here.
+        self._callers: dict[int, Any] = {}
+        # A server's: the bytes held for each. `_landing`: those whose body is still on its way.
+        self._held: dict[int, int] = {}
         self._held_nbytes = 0
         self._landing: set[int] = set()
         self._credit: dict[int, int] = {}
@@ -130,7 +140,7 @@ class Connection:
     @property
     def calls(self) -> int:
         """Calls in flight."""
-        return len(self._calls)
+        return len(self._callers) + len(self._held)
 
     @property
     def choked(self) -> bool:
@@ -149,11 +159,7 @@ class Connection:
         REQUEST, CANCEL and CREDIT on a server; REPLY, ITEM, END, ERROR, PONG, GOAWAY and the WELCOME that
         opens the connection on a client.
         """
-        messages = self.inbox.received(nbytes)
-        # Nearly always there is one, and nearly always it is for the caller.
-        if len(messages) == 1:
-            return messages if self._accept(messages[0]) else []
-        return [message for message in messages if self._accept(message)]
+        return [message for message in self.inbox.received(nbytes) if self.accept(message)]
 
     def eof(self) -> TransportError:
         """The peer closed its side: why the connection is lost."""
@@ -166,31 +172,44 @@ class Connection:
             remedy="" if self.open else "Check what listens there, and that both sides use TLS or neither.",
         )
 
-    def _accept(self, message: Message) -> bool:
-        """The protocol's own part of a message; True where the caller has to see it."""
+    def _accept_answer(self, message: Message) -> bool:
+        """A client's `accept`."""
         kind, id = message.kind, message.id
-        if self.role == "client":
-            if kind == REPLY:
-                if id in self._calls:
-                    return self._calls.pop(id) != 0
+        if kind == REPLY:
+            message.caller = caller = self._callers.pop(id, _NOBODY)
+            if caller is _NOBODY:
                 raise _unasked(self.peer)
-            if kind in (END, ERROR):
-                return self._accept_last(message)
+            return caller is not None
+        if kind in (END, ERROR, ITEM):
+            if kind == ERROR and id == 0:
+                raise error_from(message.meta, self.peer)
+            message.caller = caller = self._caller(id)
             if kind == ITEM:
-                return self._accept_item(id)
-            if kind == GOAWAY:
-                self.draining = True
-                return True
-        else:
-            if kind == REQUEST:
-                if id in self._landing:
-                    self._landing.discard(id)
-                    return not message.refused
-                return self._admit_request(message) and not message.refused
-            if kind == CANCEL:
-                return self._accept_cancel(id)
-            if kind == CREDIT:
-                return id in self._calls
+                self._spend_credit(id)
+            else:
+                self._forget(id)
+            return caller is not None
+        if kind == GOAWAY:
+            self.draining = True
+            return True
+        return self._accept_either(message)
+
+    def _accept_request(self, message: Message) -> bool:
+        """A server's `accept`."""
+        kind, id = message.kind, message.id
+        if kind == REQUEST:
+            if id in self._landing:
+                self._landing.discard(id)
+                return not message.refused
+            return self._admit_request(message)
+        if kind == CANCEL:
+            return self._accept_cancel(id)
+        if kind == CREDIT:
+            return id in self._held
+        return self._accept_either(message)
+
+    def _accept_either(self, message: Message) -> bool:
+        kind, id = message.kind, message.id
         if kind == PING:
             if not self.choked:
                 self.outbox.add(0, pack_frame(PONG, id))
@@ -199,8 +218,6 @@ class Connection:
             return id != 0
         if kind <= WELCOME and not self.open:
             return self._accept_handshake(message)
-        if kind == ERROR and id == 0:
-            raise error_from(message.meta, self.peer)
         raise RemoteProtocolError(f"a frame of kind {kind} has no place here", peer=self.peer)
 
     def _accept_handshake(self, message: Message) -> bool:
@@ -220,63 +237,63 @@ class Connection:
 
     def _admit(self, message: Message) -> bool:
         """Asked by the inbox before memory is taken for a message."""
-        if message.kind == REQUEST and self.role == "server":
+        if self.role == "client" and message.kind != REQUEST:
+            return self._caller(message.id) is not None
+        if self.role == "server" and message.kind == REQUEST:
             admitted = self._admit_request(message)
             self._landing.add(message.id)
             return admitted
-        state = self._calls.get(message.id)
-        if self.role == "server" or state is None:
-            raise _unasked(self.peer)
-        return bool(state)
+        raise RemoteProtocolError(f"a frame of kind {message.kind} has no place here", peer=self.peer)
 
     def _admit_request(self, message: Message) -> bool:
-        id, limits = message.id, self.limits
-        if id == 0 or id in self._calls or id in self._landing:
+        id, limits, held = message.id, self.limits, self._held
+        held_nbytes = self._held_nbytes + message.nbytes
+        if id == 0 or id in held or id in self._landing:
             raise RemoteProtocolError(f"request id {id} is not free", peer=self.peer)
-        full = ""
-        if self.draining:
-            full = "the node is draining"
-        elif len(self._calls) >= limits.max_calls:
-            full = f"{limits.max_calls} calls are in flight on this connection"
-        elif self._held_nbytes + message.nbytes > limits.max_buffered:
-            full = f"calls in flight on this connection hold {self._held_nbytes:,} bytes"
-        if full:
-            self._calls[id] = 0
-            self.error(id, Overloaded(full, remedy="Try again later, or another node."))
+        if self.draining or len(held) >= limits.max_calls or held_nbytes > limits.max_buffered:
+            error = self._full()
+            held[id] = 0
+            self.error(id, error)
             return False
-        self._calls[id] = message.nbytes
-        self._held_nbytes += message.nbytes
+        held[id] = message.nbytes
+        self._held_nbytes = held_nbytes
         return True
 
-    def _accept_last(self, message: Message) -> bool:
-        """The end of a stream, or of a call that failed."""
-        id, kind = message.id, message.kind
-        if kind == ERROR and id == 0:
-            raise error_from(message.meta, self.peer)
-        state = self._calls.pop(id, None)
-        if state is None:
+    def _full(self) -> Overloaded:
+        if self.draining:
+            why = "the node is draining"
+        elif len(self._held) >= self.limits.max_calls:
+            why = f"{self.limits.max_calls} calls are in flight on this connection"
+        else:
+            why = f"calls in flight on this connection hold {self._held_nbytes:,} bytes"
+        return Overloaded(why, remedy="Try again later, or another node.")
+
+    def _caller(self, id: int) -> Any:
+        """Whose call this is, None once it was cancelled. Raises RemoteProtocolError where there is none."""
+        caller = self._callers.get(id, _NOBODY)
+        if caller is _NOBODY:
             raise _unasked(self.peer)
+        return caller
+
+    def _forget(self, id: int) -> None:
+        """A stream has ended, or a call has failed."""
+        del self._callers[id]
         self._credit.pop(id, None)
         self.inbox.drop(id)
-        if kind == ERROR and self.outbox.drop(id) is not None:
-            # Refused while its body was still on the way: tell the server that no more of it comes.
+        if self.outbox.drop(id) is not None:
+            # It failed while its body was still on the way: tell the server that no more of it comes.
             self.outbox.add(0, pack_frame(CANCEL, id))
-        return state != 0
 
-    def _accept_item(self, id: int) -> bool:
-        state = self._calls.get(id)
-        if state is None:
-            raise _unasked(self.peer)
+    def _spend_credit(self, id: int) -> None:
         left = self._credit.get(id, STREAM_WINDOW)
         if not left:
             raise RemoteProtocolError("more items of a stream than were allowed", peer=self.peer)
         self._credit[id] = left - 1
-        return state != 0
 
     def _accept_cancel(self, id: int) -> bool:
         dropped = self.inbox.drop(id)
         self._landing.discard(id)
-        if id in self._calls:
+        if id in self._held:
             if not dropped:
                 return True
             self.error(id, _cancelled())
@@ -288,39 +305,56 @@ class Connection:
     # ---- a client's calls
 
     def request(
-        self, method: str, tensors: Sequence[Array], meta: dict[str, Any] | None, milliseconds_left: int
+        self,
+        method: str,
+        tensors: Sequence[Array],
+        meta: dict[str, Any] | None,
+        milliseconds_left: int,
+        caller: Any = True,
     ) -> int:
-        """Queue one call; returns its id. Raises LocalProtocolError, Overloaded; then nothing was queued."""
-        if self.draining:
-            raise Overloaded(f"{self.peer} is draining", peer=self.peer, remedy="Use another node.")
-        limit = self.outbox.limits.max_calls
-        if len(self._calls) >= limit:
-            raise LimitExceeded(
-                f"{limit} calls are in flight to {self.peer}",
-                limit_name="max_calls",
-                value=limit + 1,
-                limit=limit,
-                peer=self.peer,
-                remedy="Wait for answers before making more calls.",
-            )
+        """Queue one call; returns its id. `caller` comes back with each answer, as `message.caller`.
+
+        Raises LocalProtocolError, Overloaded; then nothing was queued.
+        """
+        callers = self._callers
+        if self.draining or len(callers) >= self.outbox.limits.max_calls:
+            raise self._no_room()
         id = self.made + 1
         self.outbox.send(REQUEST, id, method, tensors, meta, milliseconds_left)
         self.made = id
-        self._calls[id] = 1
+        callers[id] = caller
         return id
+
+    def _no_room(self) -> TransportError:
+        if self.draining:
+            return Overloaded(f"{self.peer} is draining", peer=self.peer, remedy="Use another node.")
+        limit = self.outbox.limits.max_calls
+        return LimitExceeded(
+            f"{limit} calls are in flight to {self.peer}",
+            limit_name="max_calls",
+            value=limit + 1,
+            limit=limit,
+            peer=self.peer,
+            remedy="Wait for answers before making more calls.",
+        )
+
+    @property
+    def callers(self) -> list[Any]:
+        """Whoever waits for an answer."""
+        return [caller for caller in self._callers.values() if caller is not None]
 
     def cancel(self, id: int) -> None:
         """The caller has no more use for this call's answer."""
-        if self._calls.get(id):
+        if self._callers.get(id) is not None:
             if self.outbox.drop(id):
-                del self._calls[id]
+                del self._callers[id]
             else:
-                self._calls[id] = 0  # until its answer or its ERROR is there
+                self._callers[id] = None  # until its answer or its ERROR is there
                 self.outbox.add(0, pack_frame(CANCEL, id))
 
     def credit(self, id: int, items: int) -> None:
         """So many more ITEMs of a stream may come."""
-        if id in self._calls:
+        if id in self._callers:
             self._credit[id] = self._credit.get(id, STREAM_WINDOW) + items
             self.outbox.add(0, pack_frame(CREDIT, id, value=items))
 
@@ -328,25 +362,25 @@ class Connection:
 
     def reply(self, id: int, tensors: Sequence[Array], meta: dict[str, Any]) -> None:
         """The answer to a call. Raises LocalProtocolError; then nothing was queued and the call is open."""
-        if id in self._calls:
+        if id in self._held:
             self.outbox.send(REPLY, id, "", tensors, meta)
-            self._held_nbytes -= self._calls.pop(id)
+            self._held_nbytes -= self._held.pop(id)
 
     def item(self, id: int, tensors: Sequence[Array], meta: dict[str, Any]) -> None:
         """One answer of a stream; the caller counts credit. Raises LocalProtocolError as `reply` does."""
-        if id in self._calls:
+        if id in self._held:
             self.outbox.send(ITEM, id, "", tensors, meta)
 
     def end(self, id: int) -> None:
         """The end of a stream."""
-        if id in self._calls:
-            self._held_nbytes -= self._calls.pop(id)
+        if id in self._held:
+            self._held_nbytes -= self._held.pop(id)
             self.outbox.add(id, pack_frame(END, id))
 
     def error(self, id: int, error: BaseException) -> None:
         """The call failed, or with id 0 the connection."""
-        if id == 0 or id in self._calls:
-            self._held_nbytes -= self._calls.pop(id, 0)
+        if id == 0 or id in self._held:
+            self._held_nbytes -= self._held.pop(id, 0)
             self.outbox.add(id, pack_frame(ERROR, id, meta=pack_map(error_map(error), _MAX_ERROR)))
 
     def goaway(self) -> None:
@@ -388,6 +422,9 @@ class Connection:
             raise ConnectionLost(f"{self.peer} reads too slowly", peer=self.peer)
         if self._reading.found(self.inbox.unfinished and not self.choked, self.inbox.nbytes):
             raise ConnectionLost(f"{self.peer} sends too slowly", peer=self.peer)
+
+
+_NOBODY: Final = object()
 
 
 def _unasked(peer: str) -> RemoteProtocolError:

@@ -33,11 +33,11 @@ from splitinfer.transport.deadlines import Deadlines
 from splitinfer.transport.endpoints import listen, tune
 from splitinfer.transport.frames import CANCEL, CREDIT, ERROR, REQUEST, pack_frame, pack_map
 from splitinfer.transport.handshake import error_map
-from splitinfer.transport.messages import Message, Reply
+from splitinfer.transport.messages import Call, Message, Reply
 from splitinfer.transport.protocol import STREAM_WINDOW, Connection
 from splitinfer.transport.security import TokenAuthenticator, check_exposure
 from splitinfer.transport.sockets import Link
-from splitinfer.transport.tensors import Array, Tensor
+from splitinfer.transport.tensors import Array
 from splitinfer.transport.tls import TlsStream
 
 __all__ = ["Answer", "Call", "Handler", "Server", "serve"]
@@ -51,25 +51,6 @@ Info: TypeAlias = "Mapping[str, Any] | Callable[[], Mapping[str, Any]]"
 _TLS_SECONDS: Final = 10.0
 _ACCEPTS_PER_EVENT: Final = 64
 _NO_FILES_PAUSE_SECONDS: Final = 1.0
-
-
-class Call:
-    """One call, as its handler sees it. `deadline` is in seconds of the monotonic clock."""
-
-    __slots__ = ("deadline", "meta", "method", "peer", "tensors")
-
-    def __init__(
-        self, method: str, meta: dict[str, Any], tensors: Sequence[Tensor], deadline: float, peer: str
-    ) -> None:
-        self.method = method
-        self.meta = meta
-        self.tensors = tensors
-        self.deadline = deadline
-        self.peer = peer
-
-    def time_left(self) -> float:
-        """Seconds until the caller has no more use for an answer; never negative."""
-        return max(0.0, self.deadline - monotonic())
 
 
 async def serve(
@@ -99,7 +80,7 @@ class Server:
     def __init__(self, handler: Handler | Mapping[str, Handler], info: Info, config: ServerConfig) -> None:
         self.config = config
         self.address = ""
-        self.handler = handler.get if isinstance(handler, Mapping) else lambda method: handler
+        self.handler = _dispatcher(handler) if isinstance(handler, Mapping) else handler
         self.peers: set[_Peer] = set()
         self.tls_binding = b""
         self._tls: ssl.SSLContext | None = None
@@ -228,6 +209,16 @@ class Server:
         await self.close()
 
 
+def _dispatcher(handlers: Mapping[str, Handler]) -> Handler:
+    def dispatch(call: Call) -> Answer | Awaitable[Answer]:
+        handler = handlers.get(call.method)
+        if handler is None:
+            raise RemoteError(f"there is no method {call.method!r}", code="no_method")
+        return handler(call)
+
+    return dispatch
+
+
 class _Running:
     """A handler that has to wait: the task that runs it, and how many more items its caller takes."""
 
@@ -252,6 +243,7 @@ class _Peer:
         self._server = server
         self._loop = loop
         self._deadlines = Deadlines(loop, self._sweep)
+        self._handler, self._call_timeout = server.handler, config.call_timeout
         self.connection = Connection(
             "server",
             limits=config.limits,
@@ -261,23 +253,35 @@ class _Peer:
             codec=TensorCodec("server", config.compression),
             peer=_name_of(sock, server.address),
         )
+        self._accept = self.connection.accept
         self.link = Link(loop, sock, self.connection, self, tls)
 
     # ---- what the link tells
 
     def on_message(self, message: Message) -> None:
-        if message.kind == REQUEST:
-            self._begin(message)
+        if not self._accept(message):
             return
-        running = self.running.get(message.id)
-        if running is None:
-            return
-        if message.kind == CANCEL:
-            running.task.cancel()
-        elif message.kind == CREDIT:
-            running.credit += message.value
-            if running.allowed is not None:
-                running.allowed.set()
+        id = message.id
+        if type(message) is Call and message.kind == REQUEST:
+            left = message.value / 1000
+            message.deadline = monotonic() + (left if 0 < left < self._call_timeout else self._call_timeout)
+            message.peer = self.connection.peer
+            try:
+                answer = self._handler(message)
+                if type(answer) is Reply:
+                    self.connection.reply(id, answer.tensors, answer.meta)
+                else:
+                    self._answer(id, answer, message.deadline)
+            except Exception as error:
+                self._fail(id, error)
+        elif id in self.running:
+            running = self.running[id]
+            if message.kind == CANCEL:
+                running.task.cancel()
+            elif message.kind == CREDIT:
+                running.credit += message.value
+                if running.allowed is not None:
+                    running.allowed.set()
 
     def on_lost(self, error: TransportError) -> None:
         self._server.peers.discard(self)
@@ -290,25 +294,6 @@ class _Peer:
             log.info("dropped: %s", error)
 
     # ---- calls
-
-    def _begin(self, message: Message) -> None:
-        limit = self._server.config.call_timeout
-        deadline = monotonic() + (min(message.value / 1000, limit) if message.value else limit)
-        call = Call(message.method, message.meta, message.tensors, deadline, self.connection.peer)
-        try:
-            handler = self._server.handler(message.method)
-            if handler is None:
-                raise RemoteError(f"there is no method {message.method!r}", code="no_method")
-            answer: Any = handler(call)
-            if type(answer) is not Reply:
-                if asyncio.iscoroutine(answer):
-                    answer = eager.start(answer, self._loop)
-                if asyncio.isfuture(answer):
-                    self._wait_for(message.id, answer, deadline)
-                    return
-            self._answer(message.id, answer, deadline)
-        except Exception as error:
-            self._fail(message.id, error)
 
     def _wait_for(self, id: int, task: asyncio.Future[Any], deadline: float) -> None:
         self.running[id] = _Running(task, deadline)
@@ -334,14 +319,17 @@ class _Peer:
         self.link.flush()
 
     def _answer(self, id: int, answer: Any, deadline: float) -> None:
+        """What a handler gave: an answer, or something that will become one."""
+        if asyncio.iscoroutine(answer):
+            answer = eager.start(answer, self._loop)
         if type(answer) is Reply:
             self.connection.reply(id, answer.tensors, answer.meta)
-        elif answer is None:
-            self.connection.reply(id, (), {})
+        elif asyncio.isfuture(answer):
+            self._wait_for(id, answer, deadline)
         elif hasattr(answer, "__aiter__"):
             self._wait_for(id, self._loop.create_task(self._stream(id, answer)), deadline)
         else:
-            self.connection.reply(id, answer, {})
+            self.connection.reply(id, answer or (), {})
 
     async def _stream(self, id: int, items: AsyncIterator[Reply]) -> None:
         """Send items as they come, no more of them than the caller allows."""

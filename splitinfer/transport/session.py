@@ -67,34 +67,29 @@ class SingleCall(asyncio.Future[Reply]):
     """A call in flight. A future that knows its session, so that cancelling it reaches the server."""
 
     __slots__ = ("deadline", "id", "method", "session", "timeout")
-
-    def __init__(self, method: str, timeout: float, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self.method = method
-        self.timeout = timeout
-        self.deadline = monotonic() + timeout
-        self.session: Session | None = None
-        self.id = 0
+    deadline: float
+    id: int
+    method: str
+    session: Session | None
+    timeout: float
 
     def cancel(self, msg: Any | None = None) -> bool:
         if self.session is not None:
             self.session.forget(self)
         return super().cancel(msg)
 
-    def take(self, message: Message) -> bool:
-        """An answer has come; True where it is the last one."""
+    def take(self, message: Message) -> None:
+        """An answer has come."""
         if message.kind == REPLY:
             if not self.done():
                 self.set_result(message)
-            return True
-        if message.kind == ERROR:
-            assert self.session is not None
-            self.fail(error_from(message.meta, self.session.connection.peer))
-            return True
-        self.fail(LocalProtocolError(f"{self.method!r} answers with a stream", remedy="Use channel.stream."))
+            return
         assert self.session is not None
+        if message.kind == ERROR:
+            self.fail(error_from(message.meta, self.session.connection.peer))
+            return
+        self.fail(LocalProtocolError(f"{self.method!r} answers with a stream", remedy="Use channel.stream."))
         self.session.forget(self)
-        return False
 
     def fail(self, error: Exception) -> None:
         if not self.done():
@@ -129,7 +124,7 @@ class StreamCall:
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def take(self, message: Message) -> bool:
+    def take(self, message: Message) -> None:
         """As SingleCall's. A method that answers once is a stream of one."""
         kind = message.kind
         if kind in (ITEM, REPLY):
@@ -139,7 +134,6 @@ class StreamCall:
             self._error = error_from(message.meta, self.session.connection.peer)
         self._over = kind != ITEM
         self._wake()
-        return self._over
 
     def fail(self, error: Exception) -> None:
         self._error = self._error or error
@@ -169,9 +163,9 @@ class Session:
 
     def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         self.connection = connection
-        self.calls: dict[int, SingleCall | StreamCall] = {}
         self.link: Link
         self._loop = loop
+        self._accept = connection.accept
         self._opened: asyncio.Future[None] = loop.create_future()
         self._deadlines = Deadlines(loop, self._sweep)
         self._pings: dict[int, tuple[float, asyncio.Future[float]]] = {}
@@ -239,27 +233,35 @@ class Session:
         connection = self.connection
         return Stats(connection.outbox.sent_nbytes, connection.inbox.nbytes, connection.made, 0)
 
+    def start(
+        self, method: str, tensors: Sequence[Array], meta: dict[str, Any] | None, timeout: float
+    ) -> SingleCall:
+        """Make a call; the request is sent now. Raises LocalProtocolError, Overloaded: then nothing was."""
+        call = SingleCall(loop=self._loop)
+        call.method, call.timeout = method, timeout
+        self.begin(call, tensors, meta)
+        return call
+
     def begin(
         self, call: SingleCall | StreamCall, tensors: Sequence[Array], meta: dict[str, Any] | None
     ) -> None:
-        """Send a call's request now. Raises LocalProtocolError, Overloaded: then nothing was sent."""
-        left = ceil(call.timeout * 1000)
+        """Send a call's request now. Raises as `start` does."""
+        timeout = call.timeout
+        left = ceil(timeout * 1000)
         if not 0 < left <= _MAX_MS:
             left = 1 if left <= 0 else _MAX_MS
-        id = self.connection.request(call.method, tensors, meta, left)
+        call.id = self.connection.request(call.method, tensors, meta, left, call)
         self.link.flush()
         # The bytes are on their way: from here on the other side works too.
-        call.id = id
         call.session = self
-        self.calls[id] = call
-        if call.deadline < self._deadlines.at:
-            self._deadlines.watch(call.deadline)
+        call.deadline = deadline = monotonic() + timeout
+        if deadline < self._deadlines.at:
+            self._deadlines.watch(deadline)
 
     def forget(self, call: SingleCall | StreamCall) -> None:
         """Nobody waits for this call any more: tell the server, unless it has answered."""
-        if self.calls.pop(call.id, None) is call:
-            self.connection.cancel(call.id)
-            self.link.flush()
+        self.connection.cancel(call.id)
+        self.link.flush()
 
     def allow(self, call: StreamCall) -> None:
         """One more answer of a stream may come."""
@@ -283,21 +285,17 @@ class Session:
     # ---- what the link tells
 
     def on_message(self, message: Message) -> None:
-        if message.kind == REPLY:
-            call = self.calls.pop(message.id, None)
-            if call is not None:
-                call.take(message)
-        elif message.kind == PONG:
+        if not self._accept(message):
+            return
+        kind = message.kind
+        if kind in (REPLY, ITEM, END, ERROR):
+            message.caller.take(message)
+        elif kind == PONG:
             sent, pong = self._pings.get(message.id, (0.0, None))
             if pong is not None and not pong.done():
                 pong.set_result(monotonic() - sent)
-        elif message.kind == WELCOME:
-            if not self._opened.done():
-                self._opened.set_result(None)
-        elif message.kind in (ITEM, END, ERROR):
-            call = self.calls.get(message.id)
-            if call is not None and call.take(message):
-                self.calls.pop(message.id, None)
+        elif kind == WELCOME and not self._opened.done():
+            self._opened.set_result(None)
 
     def on_lost(self, error: TransportError) -> None:
         self._deadlines.close()
@@ -307,8 +305,7 @@ class Session:
             self._opened.set_exception(
                 ConnectError(str(error), peer=error.peer, remedy=error.remedy) if lost else error
             )
-        calls, self.calls = self.calls, {}
-        for call in calls.values():
+        for call in self.connection.callers:
             call.fail(self._lost(error))
         for _, pong in self._pings.values():
             if not pong.done():
@@ -322,7 +319,7 @@ class Session:
 
     def _sweep(self, now: float) -> float:
         earliest = inf
-        for call in list(self.calls.values()):
+        for call in self.connection.callers:
             if call.deadline <= now:
                 self.forget(call)
                 peer = self.connection.peer

@@ -29,7 +29,7 @@ from splitinfer.transport.tls import TlsStream
 
 __all__ = ["Link", "Owner"]
 
-_READS_PER_EVENT: Final = 8  # then the other connections have their turn
+_READS_PER_EVENT: Final = range(8)  # then the other connections have their turn
 _MAX_PIECES: Final = 512  # the kernel takes 1024 at once (IOV_MAX)
 
 
@@ -42,7 +42,10 @@ class Stream(Protocol):
 
 
 class Owner(Protocol):
-    """Whoever a Link works for. Called on the event loop, never from within the owner's own calls."""
+    """Whoever a Link works for. Called on the event loop, never from within the owner's own calls.
+
+    A message is for `connection.accept` first; what either raises ends the connection.
+    """
 
     def on_message(self, message: Message) -> None: ...
     def on_lost(self, error: TransportError) -> None: ...
@@ -67,7 +70,7 @@ class Link:
         self._tls = tls
         stream: Stream = tls or sock
         self._recv_into, self._send, self._sendmsg = stream.recv_into, stream.send, stream.sendmsg
-        self._owner = owner
+        self._owner, self._on_message = owner, owner.on_message
         self._inbox, self._outbox = connection.inbox, connection.outbox
         self._writing = self._paused = False
         self._idle: asyncio.Future[None] | None = None
@@ -85,10 +88,9 @@ class Link:
         try:
             while outbox.nbytes or (self._tls is not None and self._tls.unsent):
                 pieces = outbox.pieces()
-                if len(pieces) == 1:
-                    outbox.sent(self._send(pieces[0]))
-                else:
-                    outbox.sent(self._sendmsg(pieces[:_MAX_PIECES]))
+                outbox.sent(
+                    self._send(pieces[0]) if len(pieces) == 1 else self._sendmsg(pieces[:_MAX_PIECES])
+                )
         except BlockingIOError:
             self._writing = True
             self._loop.add_writer(self._fd, self._writable)
@@ -111,20 +113,20 @@ class Link:
             self._idle.set_result(None)
 
     def _readable(self) -> None:
-        connection, inbox = self.connection, self._inbox
+        inbox, on_message, tls = self._inbox, self._on_message, self._tls
         try:
-            for _ in range(_READS_PER_EVENT):
+            for _ in _READS_PER_EVENT:
                 buffer = inbox.buffer
                 nbytes = self._recv_into(buffer)
                 if not nbytes:
-                    self.abort(connection.eof())
+                    self.abort(self.connection.eof())
                     return
-                for message in connection.received(nbytes):
-                    self._owner.on_message(message)
+                for message in inbox.received(nbytes):
+                    on_message(message)
                 if self._outbox.nbytes:
                     self.flush()
                 # Less than asked for: there is no more.
-                if nbytes < len(buffer) and (self._tls is None or not self._tls.more):
+                if nbytes < len(buffer) and (tls is None or not tls.more):
                     return
                 if self.closed or self._paused:
                     return
@@ -134,9 +136,9 @@ class Link:
             self._refuse(error)
             return
         except OSError as error:
-            self.abort(_lost(error, connection.peer))
+            self.abort(_lost(error, self.connection.peer))
             return
-        if self._tls is not None and self._tls.more:
+        if tls is not None and tls.more:
             self._loop.call_soon(self._read_rest)
 
     def _read_rest(self) -> None:

@@ -7,7 +7,6 @@ asked for; numpy has no bfloat16 and no float8, so those come back through `torc
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from ctypes import string_at
 from math import prod
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, Union, cast
@@ -93,9 +92,9 @@ class Tensor:
 
     __slots__ = ("data", "dtype", "shape")
 
-    def __init__(self, dtype: str, shape: Sequence[int], data: memoryview) -> None:
+    def __init__(self, dtype: str, shape: tuple[int, ...], data: memoryview) -> None:
         self.dtype = dtype
-        self.shape = shape if type(shape) is tuple else tuple(shape)
+        self.shape = shape
         self.data = data
 
     @property
@@ -217,7 +216,11 @@ def _numpy_data(array: NumpyArray) -> memoryview:
 
 def spec_of(array: Array) -> TensorSpec:
     """Its dtype and shape by the table's names. Raises LocalProtocolError for a dtype not in the table."""
-    dtype = array.dtype
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
+        raise LocalProtocolError(
+            f"a {type(array).__name__} cannot be sent", remedy="Send numpy arrays or torch CPU tensors."
+        )
     name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
     row = DTYPES.get(name)
     if row is None:
