@@ -39,6 +39,24 @@ def test_the_same_tokens_through_nodes(cli: Cli, tiny: Path, whole_node: str) ->
     assert made["usage"]["calls"] == 96
 
 
+def test_slices_and_a_trace(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    argv = ["generate", "--model", str(tiny), "--token-ids", "2,5,7", "--max-tokens", "12"]
+    here, file = cli(*argv), tmp_path / "trace.json"
+    with (
+        listening(tiny, "--slice", "0:0.3") as (_, first, lines),
+        listening(tiny, "--slice", "0.3:1") as (_, second, _),
+    ):
+        there = cli(*argv, "--nodes", f"{first},{second}", "--trace", str(file))
+    assert there.out == here.out
+    assert any("columns 0-5" in line for line in lines)
+    rows = {
+        e["args"]["name"]
+        for e in json.loads(file.read_text())["traceEvents"]
+        if e["ph"] == "M" and "name" in e["args"]
+    }
+    assert rows == {"client", f"node {first}", f"node {second}"}
+
+
 def test_text_comes_out_as_it_was_said_in_json(cli: Cli, talking: Path) -> None:
     argv = ["generate", "hello wo", "--model", str(talking), "--max-tokens", "16"]
     said = cli(*argv)

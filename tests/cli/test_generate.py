@@ -84,7 +84,7 @@ def test_no_network_line_without_nodes(cli: Cli, monkeypatch: pytest.MonkeyPatch
 def test_flags_reach_the_engine(cli: Cli) -> None:
     flags = {"max-tokens": "9", "temperature": "0.5", "top-p": "0.9", "top-k": "4", "seed": "3"}
     flags |= {"threads": "2", "context": "99", "timeout": "1.5", "dtype": "float32"}
-    flags |= {"local-layers": "0-1", "draft": "off", "draft-depth": "4"}
+    flags |= {"local-layers": "0-1", "trace": "t.json", "draft": "off", "draft-depth": "4"}
     flags |= {"quant": "int4", "quant-lm-head": "int8"}
     argv = [f"--{name}={value}" for name, value in flags.items()]
     argv += ["--stop", "a", "--stop", "b", "--nodes", "x:1,y:2", "--nodes", "z:3"]
@@ -98,8 +98,8 @@ def test_flags_reach_the_engine(cli: Cli) -> None:
     assert isinstance(FakeEngine.opened[0].pop("transport"), ClientConfig)
     expected = {
         "model": "m", "nodes": ("x:1", "y:2", "z:3"), "device": "cpu", "dtype": "float32", "threads": 2,
-        "context": 99, "timeout": 1.5, "local_layers": "0-1", "draft": "off", "draft_depth": 4,
-        "quant": "int4", "quant_lm_head": "int8", "quant_dense": None,
+        "context": 99, "timeout": 1.5, "local_layers": "0-1", "trace": "t.json", "draft": "off",
+        "draft_depth": 4,        "quant": "int4", "quant_lm_head": "int8", "quant_dense": None,
     }  # fmt: skip
     assert expected.items() <= FakeEngine.opened[0].items()
 
