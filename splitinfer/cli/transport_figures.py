@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -101,6 +100,8 @@ def table_of(title: str, figures: Sequence[LoadFigures]) -> Table:
 async def _measure(
     load: str, nbytes: int, in_flight: int, call: Callable[[], Awaitable[Any]], seconds: float
 ) -> LoadFigures:
+    from asyncio import gather  # not above: `--help` answers without it
+
     for _ in range(_WARM_UP):
         await call()
     times: list[float] = []
@@ -112,5 +113,5 @@ async def _measure(
             await call()
             times.append(perf_counter() - start)
 
-    await asyncio.gather(*(caller() for _ in range(in_flight)))
+    await gather(*(caller() for _ in range(in_flight)))
     return LoadFigures(load, nbytes, in_flight, tuple(times), perf_counter() - begun)
