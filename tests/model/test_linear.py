@@ -54,7 +54,7 @@ def check(kind: str, shape: tuple[int, int], dtype: torch.dtype, tolerance: floa
     rows=st.integers(1, 20),
 )
 def test_equals_the_widened_product(kind: str, shape: tuple[int, int], rows: int) -> None:
-    check(kind, shape, torch.float32, 1e-6, rows)
+    check(kind, shape, torch.float32, 4e-6, rows)
     check(kind, shape, torch.bfloat16, 2**-8, rows)
 
 
@@ -63,7 +63,7 @@ def test_equals_the_widened_product(kind: str, shape: tuple[int, int], rows: int
 @pytest.mark.parametrize("shape", [(64, 64), (37, 70), (1, 1), (130, 33)])
 def test_equals_the_widened_product_without_kernels(kind: str, shape: tuple[int, int]) -> None:
     """PyTorch's int4 takes bfloat16 activations and scales, whose rounding shows in small sums."""
-    check(kind, shape, torch.float32, 2**-7 if kind == "int4" else 1e-6)
+    check(kind, shape, torch.float32, 2**-7 if kind == "int4" else 4e-6)
     check(kind, shape, torch.bfloat16, 2**-6)
 
 
