@@ -27,7 +27,7 @@ def matrix_of(packed: Packed) -> Matrix:
 
 
 class Linear:
-    """[rows, in] to [rows, out]; several matrices of one format give their outputs side by side.
+    """[rows, in] to [rows, out]; several matrices give their outputs side by side.
 
     On a device other than the CPU, weights are widened to the activations' dtype when first used.
     """
@@ -40,9 +40,14 @@ class Linear:
         self._kernels: Kernels | None = kernels() if self._device.type == "cpu" else None
         self._matrices = (Matrix * len(parts))(*map(matrix_of, parts))
         self._fallback: list[_TorchLinear] = []
+        # The kernels prepare rows once for all matrices, and int4 wants them otherwise.
+        mixed = len({part.format == "int4" for part in parts}) > 1
+        self._apart = [Linear(part, device=device) for part in parts] if mixed else []
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """The result has x's dtype, or `out_dtype` if given: float32 spares a rounding."""
+        if self._apart:
+            return torch.cat([part(x, out_dtype) for part in self._apart], dim=-1)
         if self._kernels is None:
             if not self._fallback:
                 self._fallback = [_TorchLinear(part, x.dtype, self._device) for part in self.parts]

@@ -29,6 +29,7 @@ __all__ = [
     "Packed",
     "QuantConfig",
     "format_of",
+    "joined",
     "natural_format",
     "pack_int4",
     "pack_int8",
@@ -162,7 +163,7 @@ def quantize(weight: Tensor, format: str) -> Packed:
         return Packed(format, out_features, in_features, 0, weight.to(FLOATS[format]).contiguous())
     if len(weight) > piece_rows(weight.shape[1]):
         pieces = torch.split(weight, piece_rows(weight.shape[1]))
-        return _joined([quantize(piece, format) for piece in pieces], weight.shape[0])
+        return joined([quantize(piece, format) for piece in pieces], weight.shape[0])
     if format == "int8":
         wide = weight.float()
         scales = _scale(wide.abs().amax(dim=1, keepdim=True) / 127)
@@ -211,7 +212,7 @@ def piece_rows(in_features: int) -> int:
     return max(1, PIECE // in_features // BLOCK) * BLOCK
 
 
-def _joined(pieces: list[Packed], out_features: int) -> Packed:
+def joined(pieces: list[Packed], out_features: int) -> Packed:
     """Pieces of whole blocks as one matrix."""
     first = pieces[0]
     weight = torch.cat([piece.weight for piece in pieces])

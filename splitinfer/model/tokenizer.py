@@ -48,11 +48,13 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer | None:
-        """The tokenizer of checkpoint directory `path`, or None where it has none at all.
+        """The tokenizer of checkpoint directory or GGUF file `path`, or None where it has none at all.
 
         Raises TokenizerError for one that is damaged or of a kind not implemented.
         """
         directory = Path(path)
+        if directory.suffix == ".gguf":
+            return cls._from_gguf(directory)
         file = directory / TOKENIZER
         if not file.is_file():
             others = [name for name in OTHER_KINDS if (directory / name).is_file()]
@@ -75,6 +77,22 @@ class Tokenizer:
         known = (directory / "config.json").is_file()
         eos_ids = load_config(directory).eos_token_ids if known else ()
         return cls(directory, core, {**settings, "chat_template": template}, eos_ids)
+
+    @classmethod
+    def _from_gguf(cls, path: Path) -> Tokenizer | None:
+        """The tokenizer in a GGUF file's metadata."""
+        from splitinfer.model.gguf import config_table  # here: few models are such files
+        from splitinfer.model.gguf_file import GgufFile
+        from splitinfer.model.gguf_tokenizer import tokenizer_files
+
+        file = GgufFile(path)
+        files = tokenizer_files(file)
+        if not files:
+            return None
+        core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        settings = json.loads(files["tokenizer_config.json"])
+        eos_ids = config_table(file)["eos_token_id"]
+        return cls(path, core, {"chat_template": None, **settings}, eos_ids)
 
     @property
     def vocab_size(self) -> int:

@@ -100,12 +100,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Opens directory `path`: the Hugging Face layout, or a shard.
+        """Opens `path`: a directory in the Hugging Face layout, a shard, or a GGUF file.
 
         Raises CheckpointError, naming file and tensor, for anything missing, cut short or of another shape
         than the configuration says; UnsupportedModelError for what is not implemented.
         """
         directory = Path(path)
+        if directory.suffix == ".gguf":
+            from splitinfer.model.gguf import GgufCheckpoint  # here: it builds on this module
+
+            return GgufCheckpoint.open(directory)
         if (directory / SHARD).is_file():
             from splitinfer.model.shard import ShardCheckpoint  # here: it builds on this module
 

@@ -130,3 +130,12 @@ def test_other_layouts_and_dtypes(change: Callable[[Tensor], Tensor]) -> None:
     found = product(change(x))
     torch.testing.assert_close(found.float(), product(x), atol=2e-2, rtol=1e-2)
     assert found.dtype == change(x).dtype
+
+
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+def test_formats_side_by_side(kernel: str, request: pytest.FixtureRequest) -> None:
+    if kernel == "torch":
+        request.getfixturevalue("without_kernels")
+    parts = [packed(kind, 16, 96) for kind in ("int4", "int8", "bfloat16", "int4")]
+    x = activations(3, 96, torch.bfloat16)
+    assert torch.equal(Linear(*parts)(x), torch.cat([Linear(part)(x) for part in parts], -1))

@@ -1,0 +1,116 @@
+"""GGUF files made from a checkpoint with the `gguf` package, as llama.cpp's own converter lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from splitinfer.model.gguf import gguf_name
+from splitinfer.model.weights import Checkpoint, expected_tensors
+
+__all__ = ["TOKENS", "Type", "dequantised", "write_gguf"]
+
+Type = gguf.GGMLQuantizationType
+TOKENS = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<unk>",
+    *(f"<0x{i:02X}>" for i in range(256)),
+    "▁",
+    *"abcdeh",
+    "he",
+    "▁he",
+]
+
+
+def write_gguf(
+    checkpoint: Checkpoint,
+    path: Path,
+    quantised: Type = Type.F32,
+    *,
+    merges: bool = True,
+    tokenizer: str | None = "gemma4",
+    architecture: str = "gemma4",
+    raw: Mapping[str, tuple[Type, torch.Tensor]] | None = None,
+) -> Path:
+    """`quantised` is the type of the matrices whose rows it fits; `raw` are tensors as ready blocks."""
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(path, architecture)
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    local = next((a for a in config.attention if a.window is not None), config.attention[-1])
+    full = config.attention[-1]
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv([a.num_key_value_heads for a in config.attention])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(full.rope.rope_theta)
+    writer.add_rope_freq_base_swa(local.rope.rope_theta)
+    writer.add_key_length(full.head_dim)
+    writer.add_value_length(full.head_dim)
+    writer.add_key_length_swa(local.head_dim)
+    writer.add_value_length_swa(local.head_dim)
+    writer.add_sliding_window(local.window or 1)
+    writer.add_sliding_window_pattern(sliding)
+    writer.add_shared_kv_layers(0)
+    writer.add_embedding_length_per_layer_input(0)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.top_k_experts)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if tokenizer:
+        _add_tokenizer(writer, tokenizer, merges)
+    turning = int(full.head_dim * full.rope.partial_rotary_factor / 2)
+    factors = [1.0] * turning + [1e30] * (full.head_dim // 2 - turning)
+    writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+    for name, shape in expected_tensors(config):
+        kind = Type.F32
+        if name in (raw or {}):
+            kind, blocks = (raw or {})[name]
+            writer.add_tensor(gguf_name(name), blocks.numpy(), raw_dtype=kind)
+            continue
+        if len(shape) > 1 and "router" not in name:
+            kind = quantised
+        if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = Type.F32
+        values = checkpoint.tensor(name).float().numpy()
+        data = values if kind == Type.F32 else gguf.quants.quantize(values, kind)
+        writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, model: str, merges: bool) -> None:
+    kinds = [3, 3, 3, 2] + [6] * 256 + [1] * (len(TOKENS) - 260)
+    writer.add_tokenizer_model(model)
+    writer.add_token_list([*TOKENS, "<|turn>"])
+    writer.add_token_types([*kinds, 4])
+    writer.add_token_scores([-float(i) for i in range(len(TOKENS) + 1)])
+    if merges:
+        writer.add_token_merges(["h e", "▁ he"])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template("{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}")
+
+
+def dequantised(checkpoint: Checkpoint, kind: Type) -> dict[str, torch.Tensor]:
+    """Every tensor as the file's reader ought to see it, float32."""
+    found = {}
+    for name, shape in expected_tensors(checkpoint.config):
+        values = checkpoint.tensor(name).float().numpy()
+        if len(shape) > 1 and "router" not in name and shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+            values = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+        found[name] = torch.from_numpy(values.copy())
+    return found
