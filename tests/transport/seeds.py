@@ -30,8 +30,8 @@ Script = Callable[["Conversation"], None]
 class Conversation:
     """A client and a server without a link; `streams` has what each has received."""
 
-    def __init__(self) -> None:
-        self.client, self.server = connection_of("client"), connection_of("server")
+    def __init__(self, make: Callable[[Role], Connection] = connection_of) -> None:
+        self.client, self.server = make("client"), make("server")
         self.streams: dict[Role, bytearray] = {"client": bytearray(), "server": bytearray()}
         self.requests: list[Any] = []
         self.exchange()
