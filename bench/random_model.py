@@ -55,7 +55,7 @@ class RandomCheckpoint:
         return self.draw(".".join(parts), format or "bfloat16", out_features, in_features)
 
     def experts(
-        self, layer: int, lo: int, hi: int, format: str | None = None, *, floating: str | None = None
+        self, layer: int, lo: int, hi: int, format: str | None = None, **_: object
     ) -> Iterator[tuple[Packed, Packed]]:
         hidden, moe = self.config.hidden_size, self.config.moe_intermediate_size
         for expert in range(lo, hi):

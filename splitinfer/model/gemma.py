@@ -12,12 +12,10 @@ Everything but attention is row-wise, so several sequences share a step; attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from splitinfer.errors import UsageError
@@ -29,12 +27,11 @@ from splitinfer.model.experts import Experts
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import Packed, QuantConfig, format_of, quantize
+from splitinfer.model.rows import row_ops
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
 __all__ = ["Gemma", "Segment"]
-
-Norm = Callable[[Tensor], Tensor]
 
 
 class Segment(NamedTuple):
@@ -107,14 +104,9 @@ class _Weights:
         """Matrices that share their input, as one product."""
         return Linear(*(self.packed(name, format) for name in names), device=self.device)
 
-    def norm(self, name: str) -> Norm:
-        """RMSNorm in float32 with one rounding to x's dtype, as the reference computes it."""
-        weight = self.plain(name + ".weight", torch.float32)
-        return partial(_norm, weight=weight, eps=self.checkpoint.config.rms_norm_eps)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+    def scale(self, name: str) -> Tensor:
+        """A norm's weights."""
+        return self.plain(name + ".weight", torch.float32)
 
 
 class _Attention:
@@ -130,7 +122,6 @@ class _Attention:
         self.head_dim = shape.head_dim
         self.eps = config.rms_norm_eps
         projections = ["q_proj", "k_proj"] if shape.k_eq_v else ["q_proj", "k_proj", "v_proj"]
-        self.k_eq_v = shape.k_eq_v
         self.projections = weights.linear(
             weights.quant.attention, *(f"self_attn.{name}" for name in projections)
         )
@@ -140,16 +131,15 @@ class _Attention:
         self.qk_scale = torch.cat((q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)))
         self.output = weights.linear(weights.quant.attention, "self_attn.o_proj")
         self.kernels = kernels() if weights.device.type == "cpu" and weights.dtype in DTYPES else None
+        self.ops = row_ops(weights.device, weights.dtype)
 
     def __call__(self, x: Tensor, step: _Step) -> Tensor:
         """x [rows, H] to [rows, H]; appends to every part's cache."""
-        projected = self.projections(x, torch.float32)
-        heads = projected.view(len(x), -1, self.head_dim)  # N + V + V, or N + V where keys are values
-        normed = F.rms_norm(heads, (self.head_dim,), None, self.eps)
-        both = self.heads + self.kv_heads
-        turned = step.rotations[self.kind].apply(normed[:, :both] * self.qk_scale).to(x.dtype)
+        projected = self.projections(x, torch.float32)  # N + V + V heads, or N + V where keys are values
         # Values have a norm without weight and are not turned; with k_eq_v they come from the key projection.
-        values = normed[:, self.heads if self.k_eq_v else both :].to(x.dtype)
+        turned, values = self.ops.heads(
+            projected, self.qk_scale, self.kv_heads, *step.rotations[self.kind], self.eps, x.dtype
+        )
         attended = []
         for part in step.parts:
             keys, seen_values = part.cache.append(
@@ -172,10 +162,10 @@ class _Mlp:
     def __init__(self, weights: _Weights) -> None:
         self.gate_up = weights.linear(weights.quant.dense, "mlp.gate_proj", "mlp.up_proj")
         self.down = weights.linear(weights.quant.dense, "mlp.down_proj")
+        self.ops = row_ops(weights.device, weights.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.gelu(gate, approximate="tanh").mul_(up))
+        return self.down(self.ops.gated(self.gate_up(x, torch.float32)), x.dtype)
 
 
 class _Router:
@@ -187,12 +177,11 @@ class _Router:
         proj = weights.plain("router.proj.weight", torch.float32) * scale  # [E, H]
         self.proj = Linear(quantize(proj, "float32"), device=weights.device)
         self.per_expert_scale = weights.plain("router.per_expert_scale", torch.float32)
+        self.ops = row_ops(weights.device, weights.dtype)
 
     def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         """normed [rows, H] float32 (RMS norm without weight) to index and weights, both [rows, K]."""
-        # The reference normalises K of E softmax terms: the same as a softmax over the K.
-        scores, index = torch.topk(self.proj(normed), self.top_k, dim=-1)
-        return index, torch.softmax(scores, dim=-1) * self.per_expert_scale[index]
+        return self.ops.choose(self.proj(normed), self.top_k, self.per_expert_scale)
 
 
 class _Layer:
@@ -203,55 +192,60 @@ class _Layer:
         self.eps = config.rms_norm_eps
         self.attention = _Attention(weights, config, layer)
         self.mlp = _Mlp(weights)
-        self.input_norm = weights.norm("input_layernorm")
-        self.post_attention_norm = weights.norm("post_attention_layernorm")
-        self.post_feedforward_norm = weights.norm("post_feedforward_layernorm")
+        self.ops = row_ops(weights.device, weights.dtype)
+        self.input_scale = weights.scale("input_layernorm")
+        self.post_attention_scale = weights.scale("post_attention_layernorm")
+        self.post_feedforward_scale = weights.scale("post_feedforward_layernorm")
         self.scalar = float(weights.plain("layer_scalar", torch.float32))
-        self.dense_scale = weights.plain("pre_feedforward_layernorm.weight", torch.float32)
+        self.dense_scale = weights.scale("pre_feedforward_layernorm")
+        self.expert_scale: Tensor | None = None
         self.router: _Router | None = None
         if config.enable_moe_block:
             self.router = _Router(weights, config)
-            self.expert_scale = weights.plain("pre_feedforward_layernorm_2.weight", torch.float32)
-            self.dense_norm = weights.norm("post_feedforward_layernorm_1")
-            self.expert_norm = weights.norm("post_feedforward_layernorm_2")
+            self.expert_scale = weights.scale("pre_feedforward_layernorm_2")
+            self.dense_out_scale = weights.scale("post_feedforward_layernorm_1")
+            self.expert_out_scale = weights.scale("post_feedforward_layernorm_2")
 
-    def attend(self, x: Tensor, step: _Step) -> Tensor:
-        return x + self.post_attention_norm(self.attention(self.input_norm(x), step))
+    def attend(self, x: Tensor, step: _Step) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x after attention; its RMS norm without weight, float32; the dense network's and experts' inputs.
 
-    def normed(self, x: Tensor) -> Tensor:
-        """RMS norm without weight, float32: three norms of the reference differ only in their weights."""
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+        The reference has three norms here that differ only in their weights.
+        """
+        attended = self.attention(self.ops.norm(x, self.input_scale, self.eps, x.dtype), step)
+        return self.ops.residual(
+            x, attended, self.post_attention_scale, self.eps, self.dense_scale, self.expert_scale
+        )
 
     def route(self, x: Tensor, router: _Router, step: _Step) -> Routed:
         start = perf_counter()
-        x = self.attend(x, step)
+        x, normed, dense_input, expert_input = self.attend(x, step)
+        assert expert_input is not None
         start = step.record("attention", self.index, start)
-        normed = self.normed(x)
         index, weights = router(normed)
-        dense_input = (normed * self.dense_scale).to(x.dtype)
-        expert_input = (normed * self.expert_scale).to(x.dtype)
         step.record("router", self.index, start)
         return Routed(x, dense_input, expert_input, index, weights)
 
     def dense(self, x: Tensor, step: _Step) -> Tensor:
         start = perf_counter()
-        x = self.dense_norm(self.mlp(x))
+        x = self.ops.norm(self.mlp(x), self.dense_out_scale, self.eps, x.dtype)
         step.record("dense", self.index, start)
         return x
 
     def combine(self, residual: Tensor, dense: Tensor, moe: Tensor, step: _Step) -> Tensor:
         start = perf_counter()
-        x = (residual + self.post_feedforward_norm(dense + self.expert_norm(moe))) * self.scalar
+        x = self.ops.combine(
+            residual, dense, moe, self.expert_out_scale, self.post_feedforward_scale, self.eps, self.scalar
+        )
         step.record("dense", self.index, start)
         return x
 
     def without_experts(self, x: Tensor, step: _Step) -> Tensor:
         """The whole layer of a model that has no mixture of experts."""
         start = perf_counter()
-        x = self.attend(x, step)
+        x, _, dense_input, _ = self.attend(x, step)
         start = step.record("attention", self.index, start)
-        mlp = self.mlp((self.normed(x) * self.dense_scale).to(x.dtype))
-        x = (x + self.post_feedforward_norm(mlp)) * self.scalar
+        mlp = self.mlp(dense_input)
+        x = self.ops.combine(x, mlp, None, None, self.post_feedforward_scale, self.eps, self.scalar)
         step.record("dense", self.index, start)
         return x
 
@@ -275,7 +269,8 @@ class Gemma:
         self.device = device
         self.dtype = dtype
         weights = _Weights(checkpoint, "", device, dtype, quant)
-        self._norm = weights.norm("norm")
+        self._ops = row_ops(device, dtype)
+        self._final_scale = weights.scale("norm")
         tied = config.tie_word_embeddings
         head = weights.packed("embed_tokens" if tied else "lm_head", quant.lm_head)
         self._head = Linear(head, device=device)
@@ -379,6 +374,9 @@ class Gemma:
             raise
         moe = await routed
         return await compute(rows, layer.combine, to.residual, dense, moe.to(self.device), step)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return self._ops.norm(x, self._final_scale, self.config.rms_norm_eps, x.dtype)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Scaled embeddings [rows, H], as the first layer gets them."""

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from splitinfer.errors import CapacityError, ConfigError
 
-__all__ = ["FORMAT_CODES", "Kernels", "Matrix", "kernels"]
+__all__ = ["DTYPES", "FORMAT_CODES", "Kernels", "Matrix", "RowKernels", "kernels"]
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "SPLITINFER_KERNELS"
-SOURCES = ("products.c", "experts.c", "attention.c")
+SOURCES = ("products.c", "experts.c", "attention.c", "rows.c")
 HEADERS = ("vectors.h", "products.h")
 # No contraction: the only fused operations are the written ones, so that every tile rounds alike.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
@@ -60,6 +60,7 @@ class Kernels:
     """The library's functions, for contiguous CPU tensors. Callers check shapes; dtypes are checked here."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self.rows = RowKernels(library)
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         self._product = library.splitinfer_product
         self._product.argtypes = [pointer, integer, pointer, integer, size, pointer, integer, integer]
@@ -126,6 +127,142 @@ class Kernels:
         if failed:
             raise _no_memory(rows)
         return out
+
+
+class RowKernels:
+    """What happens to contiguous float32 or bfloat16 rows on the CPU between products (rows.c)."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+        self._norm = library.splitinfer_norm
+        self._norm.argtypes = [pointer, integer, size, size, pointer, real, pointer, integer, integer]
+        self._residual = library.splitinfer_residual
+        self._residual.argtypes = [
+            pointer,
+            pointer,
+            integer,
+            size,
+            size,
+            pointer,
+            real,
+            *[pointer] * 6,
+            integer,
+        ]
+        self._combine = library.splitinfer_combine
+        self._combine.argtypes = [pointer] * 3 + [integer, size, size, pointer, pointer, real, real, pointer]
+        self._combine.argtypes += [integer]
+        self._heads = library.splitinfer_heads
+        self._heads.argtypes = [pointer, *[size] * 6, pointer, pointer, pointer, real, pointer, pointer]
+        self._heads.argtypes += [integer, integer]
+        self._gated = library.splitinfer_gated
+        self._gated.argtypes = [pointer, size, size, pointer, integer]
+        self._choose = library.splitinfer_choose
+        self._choose.argtypes = [pointer, size, size, size, pointer, pointer, pointer]
+
+    def norm(self, x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
+        """RMS norm [rows, n] times `weight` [n] float32, with one rounding."""
+        rows, n = x.shape
+        out = torch.empty((rows, n), dtype=out_dtype)
+        given = None if weight is None else weight.data_ptr()
+        threads = torch.get_num_threads()
+        _done(
+            self._norm(
+                x.data_ptr(), _bfloat16(x), rows, n, given, eps, out.data_ptr(), _bfloat16(out), threads
+            )
+        )
+        return out
+
+    def residual(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, first: Tensor, second: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x + norm(y) * weight; that sum's norm, float32; that times `first`, and times `second`."""
+        rows, n = x.shape
+        total, normed, one = torch.empty_like(x), torch.empty((rows, n)), torch.empty_like(x)
+        two = None if second is None else torch.empty_like(x)
+        _done(
+            self._residual(
+                x.data_ptr(), y.data_ptr(), _same(x, y), rows, n, weight.data_ptr(), eps, first.data_ptr(),
+                None if second is None else second.data_ptr(), total.data_ptr(), normed.data_ptr(),
+                one.data_ptr(), None if two is None else two.data_ptr(), torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return total, normed, one, two
+
+    def combine(
+        self,
+        x: Tensor,
+        dense: Tensor,
+        moe: Tensor | None,
+        moe_weight: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        scalar: float,
+    ) -> Tensor:
+        """(x + norm(dense + norm(moe) * moe_weight) * weight) * scalar; without moe: norm(dense)."""
+        rows, n = x.shape
+        out = torch.empty_like(x)
+        bfloat16 = _same(x, dense) if moe is None else _same(x, dense, moe)
+        _done(
+            self._combine(
+                x.data_ptr(), dense.data_ptr(), None if moe is None else moe.data_ptr(), bfloat16, rows, n,
+                None if moe_weight is None else moe_weight.data_ptr(), weight.data_ptr(), eps, scalar,
+                out.data_ptr(), torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return out
+
+    def heads(
+        self,
+        projected: Tensor,
+        weight: Tensor,
+        values: int,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Projections [rows, heads * D] float32 to normalised queries and keys [rows, N + V, D], turned, and
+        values [rows, V, D]. `weight` is [N + V, D]; the last `values` heads are the values, be they keys too.
+        """
+        rows, width = projected.shape
+        turning, size = weight.shape
+        turned = torch.empty((rows, turning, size), dtype=dtype)
+        value = torch.empty((rows, values, size), dtype=dtype)
+        _done(
+            self._heads(
+                projected.data_ptr(), rows, width, size, turning, width // size - values, values,
+                weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), eps, turned.data_ptr(), value.data_ptr(),
+                _bfloat16(turned), torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return turned, value
+
+    def gated(self, x: Tensor) -> Tensor:
+        """gelu(first half) * second half of x [rows, 2 * n] float32, to [rows, n]."""
+        rows, width = x.shape
+        out = torch.empty((rows, width // 2))
+        _done(self._gated(x.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()))
+        return out
+
+    def choose(self, scores: Tensor, k: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The k largest of scores [rows, E] float32, falling, and their softmax times scale [E]."""
+        rows, n = scores.shape
+        index = torch.empty((rows, k), dtype=torch.int64)
+        weights = torch.empty((rows, k))
+        self._choose(scores.data_ptr(), rows, n, k, scale.data_ptr(), index.data_ptr(), weights.data_ptr())
+        return index, weights
+
+
+def _done(failed: int) -> None:
+    if failed:
+        raise _no_memory(1)
+
+
+def _same(*tensors: Tensor) -> bool:
+    """Whether all are bfloat16; raises TypeError where they differ."""
+    if len({tensor.dtype for tensor in tensors}) != 1:
+        raise TypeError(f"rows of {', '.join(str(tensor.dtype) for tensor in tensors)}")
+    return _bfloat16(tensors[0])
 
 
 def _bfloat16(x: Tensor) -> bool:

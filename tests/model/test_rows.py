@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from splitinfer.model.native import kernels
+from splitinfer.model.rows import RowOps, TorchRows, row_ops
+
+BUILT = kernels()
+needs_kernels = pytest.mark.skipif(BUILT is None, reason="the kernels could not be built here")
+EPS = 1e-6
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def ops(request: pytest.FixtureRequest) -> RowOps:
+    if request.param == "torch":
+        return TorchRows()
+    if BUILT is None:
+        pytest.skip("the kernels could not be built here")
+    return BUILT.rows
+
+
+def norm(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    wide = x.double()
+    return wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    bound = 1e-5 if found.dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(found.double(), expected, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("n", [5, 16, 48, 70])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms(ops: RowOps, rows: int, n: int, dtype: torch.dtype) -> None:
+    x, y, moe = (draw(rows, n, seed=s).to(dtype) for s in range(3))
+    a, b, c = (draw(n, seed=s) for s in range(3, 6))
+    close(ops.norm(x, a, EPS, torch.float32), norm(x, a))
+    assert ops.norm(x, None, EPS, dtype).dtype == dtype
+    total, normed, first, second = ops.residual(x, y, a, EPS, b, c)
+    close(total, x.double() + norm(y, a))
+    assert normed.dtype == torch.float32
+    close(normed, norm(total))
+    close(first, norm(total, b))
+    assert second is not None
+    close(second, norm(total, c))
+    assert ops.residual(x, y, a, EPS, b, None)[3] is None
+    close(ops.combine(x, y, moe, a, b, EPS, 0.5), (x.double() + norm(y.double() + norm(moe, a), b)) * 0.5)
+    close(ops.combine(x, y, None, None, b, EPS, 2.0), (x.double() + norm(y, b)) * 2)
+
+
+@pytest.mark.parametrize("k_eq_v", [False, True])
+@pytest.mark.parametrize("size", [6, 16, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads(ops: RowOps, size: int, k_eq_v: bool, dtype: torch.dtype) -> None:
+    rows, queries, keys = 3, 4, 2
+    projected = draw(rows, (queries + keys * (1 if k_eq_v else 2)) * size)
+    weight, angles = draw(queries + keys, size), draw(rows, size // 2)
+    cos = torch.cat((angles.cos(), angles.cos()), -1).unsqueeze(1)
+    sin = torch.cat((-angles.sin(), angles.sin()), -1).unsqueeze(1)
+    turned, values = ops.heads(projected, weight, keys, cos, sin, EPS, dtype)
+    heads = norm(projected.view(rows, -1, size))
+    scaled = heads[:, : queries + keys] * weight
+    left, right = scaled.chunk(2, -1)
+    c, s = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    close(turned, torch.cat((left * c - right * s, right * c + left * s), -1))
+    close(values, heads[:, -keys:])
+    assert turned.dtype == values.dtype == dtype
+
+
+@pytest.mark.parametrize("n", [3, 16, 45])
+def test_gated(ops: RowOps, n: int) -> None:
+    x = 4 * draw(5, 2 * n)
+    gate, up = x.double().chunk(2, -1)
+    close(ops.gated(x), torch.nn.functional.gelu(gate, approximate="tanh") * up)
+
+
+def test_gelu_at_its_ends(ops: RowOps) -> None:
+    """No overflow on the way: 0 far below, x far above."""
+    gate = torch.tensor([[-1e4, -50.0, -10.0, 0.0, 10.0, 50.0, 1e4, 1e10]])
+    found = ops.gated(torch.cat((gate, torch.ones_like(gate)), -1))
+    close(found[:, :4], torch.zeros(1, 4, dtype=torch.float64))
+    assert torch.equal(found[:, 4:], gate[:, 4:])
+
+
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (11, 3), (128, 8), (5, 5)])
+def test_choose(ops: RowOps, experts: int, k: int) -> None:
+    scores, scale = draw(6, experts), draw(experts)
+    index, weights = ops.choose(scores, k, scale)
+    best, expected = scores.double().topk(k)
+    assert torch.equal(index, expected)
+    close(weights, torch.softmax(best, -1) * scale[expected])
+
+
+@needs_kernels
+def test_choose_takes_the_first_of_equals_and_numbers_before_nan() -> None:
+    assert BUILT is not None
+    scores = torch.tensor([[1.0, 2.0, 2.0, 1.0], [torch.nan, 0.0, torch.nan, -1.0]])
+    assert BUILT.rows.choose(scores, 3, torch.ones(4))[0].tolist() == [[1, 2, 0], [1, 3, 0]]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_see_their_neighbours(dtype: torch.dtype) -> None:
+    assert BUILT is not None
+    ops = BUILT.rows
+    x, y, a = draw(40, 70).to(dtype), draw(40, 70, seed=1).to(dtype), draw(70)
+    whole = ops.residual(x, y, a, EPS, a, a)
+    for row in (0, 17, 39):
+        part = slice(row, row + 1)
+        alone = ops.residual(x[part], y[part], a, EPS, a, a)
+        for one, many in zip(alone, whole, strict=True):
+            assert one is not None
+            assert many is not None
+            assert torch.equal(one[0], many[row])
+        assert torch.equal(ops.norm(x[part], a, EPS, dtype)[0], ops.norm(x, a, EPS, dtype)[row])
+
+
+def test_where_the_kernels_are_used() -> None:
+    assert isinstance(row_ops(torch.device("meta"), torch.float32), TorchRows)
+    assert isinstance(row_ops(torch.device("cpu"), torch.float16), TorchRows)
+    assert isinstance(row_ops(torch.device("cpu"), torch.bfloat16), TorchRows) is (BUILT is None)
