@@ -1,9 +1,9 @@
 """Where the time of a step went: named phases on one clock, cheap enough to leave on.
 
 Phases are the words of the design: "attention", "router", "dispatch" (handing rows to the kernel), "dense",
-"experts" (their arithmetic, as far as it was waited for), "network" (the rest of that wait), "combine",
-"head", "sampling", "draft". Times are `time.perf_counter()` seconds. Phases do not overlap, so their sum is
-the time of the step less what no phase claims.
+"experts" (their arithmetic, as far as it was waited for), "network" (the rest of that wait), "combine" (the
+answers, and these with the dense branch), "head", "sampling", "draft". Times are `time.perf_counter()`
+seconds. Phases do not overlap, so their sum is the time of the step less what no phase claims.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_a_run_over_two_nodes(tmp_path: Path) -> None:
     phases = ("attention", "router", "dispatch", "dense", "network", "experts", "combine")
     for phase in phases:
         layers = [e["args"]["layer"] for e in shown if e["pid"] == pids["client"] and e["name"] == phase]
-        per_layer = 2 if phase == "dense" else 1  # the dense network, and what joins it with the experts
+        per_layer = 2 if phase == "combine" else 1  # the nodes' answers, and these with the dense network's
         assert sorted(layers) == sorted([0, 1, 2, 3] * 5 * per_layer)
     assert sum(e["name"] == "head" for e in shown) == 5
     for node, layers in ((first, {0, 1}), (second, {2, 3})):

@@ -236,7 +236,7 @@ class _Layer:
         x = self.ops.combine(
             residual, dense, moe, self.expert_out_scale, self.post_feedforward_scale, self.eps, self.scalar
         )
-        step.record("dense", self.index, start)
+        step.record("combine", self.index, start)
         return x
 
     def without_experts(self, x: Tensor, step: _Step) -> Tensor:
