@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from time import perf_counter
@@ -23,8 +23,9 @@ from splitinfer.model.cache import KVCache
 from splitinfer.model.compute import compute
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
-from splitinfer.model.gemma import Gemma, Segment
+from splitinfer.model.gemma import Gemma
 from splitinfer.model.hub import resolve_model
+from splitinfer.model.pipeline import IN_FLIGHT, prefill
 from splitinfer.model.sampling import Sampler, SamplingParams
 from splitinfer.model.tokenizer import StreamDecoder, Tokenizer
 from splitinfer.model.weights import Checkpoint
@@ -247,13 +248,15 @@ class AsyncEngine:
             depth=self._draft_depth,
         )
 
-    async def prefill(
+    def prefill(
         self, ids: Sequence[int], cache: KVCache, timeline: Timeline | None = None
-    ) -> AsyncIterator[torch.Tensor]:
-        """Run `ids` through the model in blocks; yields each block's hidden states [rows, hidden]."""
-        for start in range(0, len(ids), PREFILL_ROWS):
-            block = torch.tensor(ids[start : start + PREFILL_ROWS])
-            yield await self.model.forward([Segment(block, cache)], timeline=timeline)
+    ) -> AsyncGenerator[torch.Tensor, None]:
+        """Run `ids` through the model in chunks; yields each chunk's hidden states [rows, hidden].
+
+        Over nodes the chunks follow each other down the layers; here they would only wait for each other.
+        """
+        in_flight = IN_FLIGHT if self._addresses else 1
+        return prefill(self.model, ids, cache, rows=PREFILL_ROWS, in_flight=in_flight, timeline=timeline)
 
     def timeline(self) -> Timeline:
         """What adds up the times of a generation, and keeps them where a trace is wanted."""
@@ -309,8 +312,9 @@ class _Generation:
         """The completion in pieces, one for each token, the last with everything."""
         engine, cache = self._engine, self._engine.new_cache()
         traffic, started = engine.traffic(), perf_counter()
-        async for block in engine.prefill(self._prompt, cache, self._prefill):
-            hidden = block[-1:]
+        async with aclosing(engine.prefill(self._prompt, cache, self._prefill)) as chunks:
+            async for chunk in chunks:
+                hidden = chunk[-1:]
         decoder = engine.decoder(cache, self._seen, hidden, self._sampler, self._decode)
         tokens, first = [await decoder.first()], perf_counter()
         while True:

@@ -3,7 +3,8 @@
 Phases are the words of the design: "attention", "router", "dispatch" (handing rows to the kernel), "dense",
 "experts" (their arithmetic, as far as it was waited for), "network" (the rest of that wait), "combine" (the
 answers, and these with the dense branch), "head", "sampling", "draft". Times are `time.perf_counter()`
-seconds. Phases do not overlap, so their sum is the time of the step less what no phase claims.
+seconds. Phases of a step do not overlap, so their sum is the time of the step less what no phase claims;
+the chunks of a long prompt are steps that do overlap.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from splitinfer.model.cache import KVCache
 from splitinfer.model.compute import compute
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.experts import Experts
+from splitinfer.model.front import Front
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import Packed, QuantConfig, format_of, quantize
@@ -67,6 +68,12 @@ class _Step(NamedTuple):
     parts: list[_Part]
     rotations: dict[str, Rotation]  # by layer type
     timeline: Timeline | None
+    front: Front | None
+
+    def leave(self, layer: int) -> None:
+        """The keys and values of `layer` are in the cache."""
+        if self.front is not None:
+            self.front.leave(layer)
 
     def record(self, phase: str, layer: int, start: float) -> float:
         """Ends a span that began at `start`; returns the present, where the next may begin."""
@@ -323,11 +330,18 @@ class Gemma:
         """An empty cache of this model's shapes, on its device."""
         return KVCache(self.config, self.device, self.dtype)
 
-    async def forward(self, segments: Sequence[Segment], *, timeline: Timeline | None = None) -> Tensor:
+    async def forward(
+        self,
+        segments: Sequence[Segment],
+        *,
+        timeline: Timeline | None = None,
+        front: Front | None = None,
+    ) -> Tensor:
         """Final hidden states [rows, H] of all segments' rows, in order; every cache grows by its rows.
 
-        A failed or cancelled call takes its rows back from the caches. Raises UsageError for no rows, for a
-        token id outside the vocabulary and for a sequence beyond the context.
+        With a `front` it stays behind the step before it, which may still be under way. A failed or cancelled
+        call takes its rows back from the caches. Raises UsageError for no rows, for a token id outside the
+        vocabulary and for a sequence beyond the context.
         """
         token_ids = self._token_ids(segments)
         rows = len(token_ids)
@@ -335,9 +349,11 @@ class Gemma:
         try:
             for segment in segments:
                 starts.append((segment.cache, segment.cache.begin(len(segment.token_ids))))
-            step = await compute(rows, self._plan, starts, segments, timeline)
+            step = await compute(rows, self._plan, starts, segments, timeline, front)
             x = await compute(rows, self.embed, token_ids)
             for layer in self._layers:
+                if front is not None:
+                    await front.enter(layer.index)
                 x = await self._layer(layer, x, step)
             return await compute(rows, self._norm, x)
         except BaseException:
@@ -360,8 +376,11 @@ class Gemma:
     async def _layer(self, layer: _Layer, x: Tensor, step: _Step) -> Tensor:
         rows = len(x)
         if layer.router is None or self.experts is None:
-            return await compute(rows, layer.without_experts, x, step)
+            x = await compute(rows, layer.without_experts, x, step)
+            step.leave(layer.index)
+            return x
         to = await compute(rows, layer.route, x, layer.router, step)
+        step.leave(layer.index)
         routed = self.experts.dispatch(
             layer.index, to.expert_input, to.top_k_index, to.top_k_weights, step.timeline
         )
@@ -399,6 +418,7 @@ class Gemma:
         starts: Sequence[tuple[KVCache, int]],
         segments: Sequence[Segment],
         timeline: Timeline | None,
+        front: Front | None,
     ) -> _Step:
         parts, positions, lo = [], [], 0
         for (cache, start), segment in zip(starts, segments, strict=True):
@@ -412,4 +432,4 @@ class Gemma:
             lo += n
         where = positions[0] if len(positions) == 1 else torch.cat(positions)
         rotations = {kind: rotation(f, where) for kind, f in self._frequencies.items()}
-        return _Step(parts, rotations, timeline)
+        return _Step(parts, rotations, timeline, front)
