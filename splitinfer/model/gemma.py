@@ -27,7 +27,7 @@ from splitinfer.model.experts import Experts
 from splitinfer.model.front import Front
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
-from splitinfer.model.quantize import Packed, QuantConfig, format_of, quantize
+from splitinfer.model.quantize import Packed, QuantConfig, format_of, natural_format, quantize
 from splitinfer.model.rows import row_ops
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
@@ -111,6 +111,11 @@ class _Weights:
         """Matrices that share their input, as one product."""
         return Linear(*(self.packed(name, format) for name in names), device=self.device)
 
+    def exact(self, name: str) -> Linear:
+        """A small matrix that no setting rounds."""
+        tensor = self.checkpoint.tensor(f"{self.prefix}{name}.weight")
+        return Linear(quantize(tensor, natural_format(tensor.dtype)), device=self.device)
+
     def scale(self, name: str) -> Tensor:
         """A norm's weights."""
         return self.plain(name + ".weight", torch.float32)
@@ -180,14 +185,13 @@ class _Router:
 
     def __init__(self, weights: _Weights, config: ModelConfig) -> None:
         self.top_k = config.top_k_experts
-        scale = weights.plain("router.scale", torch.float32) * config.hidden_size**-0.5
-        proj = weights.plain("router.proj.weight", torch.float32) * scale  # [E, H]
-        self.proj = Linear(quantize(proj, "float32"), device=weights.device)
+        self.scale = weights.plain("router.scale", torch.float32) * config.hidden_size**-0.5
+        self.proj = weights.exact("router.proj")  # [E, H]
         self.per_expert_scale = weights.plain("router.per_expert_scale", torch.float32)
         self.ops = row_ops(weights.device, weights.dtype)
 
     def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """normed [rows, H] float32 (RMS norm without weight) to index and weights, both [rows, K]."""
+        """normed [rows, H] float32 (RMS norm, times `scale`) to index and weights, both [rows, K]."""
         return self.ops.choose(self.proj(normed), self.top_k, self.per_expert_scale)
 
 
@@ -213,19 +217,25 @@ class _Layer:
             self.dense_out_scale = weights.scale("post_feedforward_layernorm_1")
             self.expert_out_scale = weights.scale("post_feedforward_layernorm_2")
 
-    def attend(self, x: Tensor, step: _Step) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x after attention; its RMS norm without weight, float32; the dense network's and experts' inputs.
+    def attend(self, x: Tensor, step: _Step) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """x after attention, and the inputs of the dense network, the experts and the router (float32).
 
         The reference has three norms here that differ only in their weights.
         """
         attended = self.attention(self.ops.norm(x, self.input_scale, self.eps, x.dtype), step)
         return self.ops.residual(
-            x, attended, self.post_attention_scale, self.eps, self.dense_scale, self.expert_scale
+            x,
+            attended,
+            self.post_attention_scale,
+            self.eps,
+            self.dense_scale,
+            self.expert_scale,
+            None if self.router is None else self.router.scale,
         )
 
     def route(self, x: Tensor, router: _Router, step: _Step) -> Routed:
         start = perf_counter()
-        x, normed, dense_input, expert_input = self.attend(x, step)
+        x, dense_input, expert_input, normed = self.attend(x, step)
         assert expert_input is not None
         start = step.record("attention", self.index, start)
         index, weights = router(normed)
@@ -249,7 +259,7 @@ class _Layer:
     def without_experts(self, x: Tensor, step: _Step) -> Tensor:
         """The whole layer of a model that has no mixture of experts."""
         start = perf_counter()
-        x, _, dense_input, _ = self.attend(x, step)
+        x, dense_input, _, _ = self.attend(x, step)
         start = step.record("attention", self.index, start)
         mlp = self.mlp(dense_input)
         x = self.ops.combine(x, mlp, None, None, self.post_feedforward_scale, self.eps, self.scalar)

@@ -24,10 +24,17 @@ class RowOps(Protocol):
         ...
 
     def residual(
-        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, first: Tensor, second: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x + norm(y) * weight in x's dtype; that sum's norm, float32; that times `first` and `second` [H],
-        in x's dtype."""
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        eps: float,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """x + norm(y) * weight in x's dtype; that sum's norm times `first` [H] and `second` in x's dtype,
+        and times `third` (None: 1) in float32."""
         ...
 
     def combine(
@@ -74,12 +81,20 @@ class TorchRows:
         return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(out_dtype)
 
     def residual(
-        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, first: Tensor, second: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        eps: float,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         total = x + self.norm(y, weight, eps, x.dtype)
         normed = self.norm(total, None, eps, torch.float32)
         two = None if second is None else (normed * second).to(x.dtype)
-        return total, normed, (normed * first).to(x.dtype), two
+        routed = normed if third is None else normed * third
+        return total, (normed * first).to(x.dtype), two, routed
 
     def combine(
         self,

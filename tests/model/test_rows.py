@@ -44,14 +44,16 @@ def test_norms(ops: RowOps, rows: int, n: int, dtype: torch.dtype) -> None:
     a, b, c = (draw(n, seed=s) for s in range(3, 6))
     close(ops.norm(x, a, EPS, torch.float32), norm(x, a))
     assert ops.norm(x, None, EPS, dtype).dtype == dtype
-    total, normed, first, second = ops.residual(x, y, a, EPS, b, c)
+    total, first, second, third = ops.residual(x, y, a, EPS, b, c, a)
     close(total, x.double() + norm(y, a))
-    assert normed.dtype == torch.float32
-    close(normed, norm(total))
+    assert third.dtype == torch.float32
+    close(third, norm(total, a))
     close(first, norm(total, b))
     assert second is not None
     close(second, norm(total, c))
-    assert ops.residual(x, y, a, EPS, b, None)[3] is None
+    plain = ops.residual(x, y, a, EPS, b, None, None)
+    assert plain[2] is None
+    close(plain[3], norm(total))
     close(ops.combine(x, y, moe, a, b, EPS, 0.5), (x.double() + norm(y.double() + norm(moe, a), b)) * 0.5)
     close(ops.combine(x, y, None, None, b, EPS, 2.0), (x.double() + norm(y, b)) * 2)
 
@@ -112,10 +114,10 @@ def test_rows_do_not_see_their_neighbours(dtype: torch.dtype) -> None:
     assert BUILT is not None
     ops = BUILT.rows
     x, y, a = draw(40, 70).to(dtype), draw(40, 70, seed=1).to(dtype), draw(70)
-    whole = ops.residual(x, y, a, EPS, a, a)
+    whole = ops.residual(x, y, a, EPS, a, a, a)
     for row in (0, 17, 39):
         part = slice(row, row + 1)
-        alone = ops.residual(x[part], y[part], a, EPS, a, a)
+        alone = ops.residual(x[part], y[part], a, EPS, a, a, a)
         for one, many in zip(alone, whole, strict=True):
             assert one is not None
             assert many is not None

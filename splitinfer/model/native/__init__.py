@@ -145,7 +145,7 @@ class RowKernels:
             size,
             pointer,
             real,
-            *[pointer] * 6,
+            *[pointer] * 7,
             integer,
         ]
         self._combine = library.splitinfer_combine
@@ -173,20 +173,28 @@ class RowKernels:
         return out
 
     def residual(
-        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, first: Tensor, second: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x + norm(y) * weight; that sum's norm, float32; that times `first`, and times `second`."""
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        eps: float,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """x + norm(y) * weight; that sum's norm times `first`, `second`, and, float32, `third`."""
         rows, n = x.shape
         total, normed, one = torch.empty_like(x), torch.empty((rows, n)), torch.empty_like(x)
         two = None if second is None else torch.empty_like(x)
         _done(
             self._residual(
                 x.data_ptr(), y.data_ptr(), _same(x, y), rows, n, weight.data_ptr(), eps, first.data_ptr(),
-                None if second is None else second.data_ptr(), total.data_ptr(), normed.data_ptr(),
+                None if second is None else second.data_ptr(),
+                None if third is None else third.data_ptr(), total.data_ptr(), normed.data_ptr(),
                 one.data_ptr(), None if two is None else two.data_ptr(), torch.get_num_threads(),
             )
         )  # fmt: skip
-        return total, normed, one, two
+        return total, one, two, normed
 
     def combine(
         self,

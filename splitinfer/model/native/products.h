@@ -33,16 +33,22 @@ INLINE int64_t units_of(int64_t n) { return (n + UNIT - 1) / UNIT; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE void copy_row(const void *x, int bfloat16, int64_t from, int64_t k, float *to, int64_t stride) {
-    if (bfloat16)
-        for (int64_t i = 0; i < k; i++) to[i] = one_bfloat16(((const uint16_t *)x)[from + i]);
-    else
+    if (bfloat16) {
+        const uint16_t *half = (const uint16_t *)x + from;
+        int64_t i = 0;
+        for (; i + VL <= k; i += VL) store(to + i, load_bfloat16(half + i));
+        for (; i < k; i++) to[i] = one_bfloat16(half[i]);
+    } else
         memcpy(to, (const float *)x + from, (size_t)k * 4);
     memset(to + k, 0, (size_t)(stride - k) * 4);
 }
 INLINE void write_row(const float *from, int64_t n, void *out, int bfloat16, int64_t to) {
-    if (bfloat16)
-        for (int64_t i = 0; i < n; i++) ((uint16_t *)out)[to + i] = to_bfloat16(from[i]);
-    else
+    if (bfloat16) {
+        uint16_t *half = (uint16_t *)out + to;
+        int64_t i = 0;
+        for (; i + VL <= n; i += VL) store_bfloat16(half + i, load(from + i));
+        for (; i < n; i++) half[i] = to_bfloat16(from[i]);
+    } else
         memcpy((float *)out + to, from, (size_t)n * 4);
 }
 

@@ -9,10 +9,6 @@ enum { ROWS_APIECE = 16 }; /* below, another thread costs more than it saves */
 
 #define ROWS_PARALLEL _Pragma("omp parallel for schedule(static) num_threads(threads) if (rows > ROWS_APIECE)")
 
-INLINE float at(const void *x, int bfloat16, int64_t i) {
-    return bfloat16 ? one_bfloat16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
-}
-
 /* 1 / sqrt(mean of squares + eps) of a row; sums in eight (or sixteen) lanes, then their tree. */
 INLINE float root(const float *x, int64_t n, float eps) {
     vf sum = (vf){};
@@ -40,18 +36,21 @@ int splitinfer_norm(const void *x, int x_bfloat16, int64_t rows, int64_t n, cons
         if (!row) { failed = 1; continue; }
         read_row(x, x_bfloat16, r, n, row);
         float scale = root(row, n, eps);
-        for (int64_t i = 0; i < n; i++) row[i] = row[i] * scale * (weight ? weight[i] : 1.0f);
+        if (weight)
+            for (int64_t i = 0; i < n; i++) row[i] = row[i] * scale * weight[i];
+        else
+            for (int64_t i = 0; i < n; i++) row[i] *= scale;
         write_row(row, n, out, out_bfloat16, r * n);
         free(row);
     }
     return failed ? -1 : 0;
 }
 
-/* x + norm(y) * weight, rounded to x's type into `sum`; that sum's norm as float32 into `normed`, and times
-   `first` and `second` (NULL: none) in x's type. All [rows, n]. */
+/* x + norm(y) * weight, rounded to x's type into `sum`; that sum's norm times `first` and `second` (NULL:
+   none) in x's type, and times `third` (NULL: 1) as float32 into `normed`. All [rows, n]. */
 int splitinfer_residual(const void *x, const void *y, int bfloat16, int64_t rows, int64_t n, const float *weight,
-                        float eps, const float *first, const float *second, void *sum, float *normed,
-                        void *first_out, void *second_out, int threads) {
+                        float eps, const float *first, const float *second, const float *third, void *sum,
+                        float *normed, void *first_out, void *second_out, int threads) {
     int failed = 0;
     ROWS_PARALLEL
     for (int64_t r = 0; r < rows; r++) {
@@ -59,7 +58,8 @@ int splitinfer_residual(const void *x, const void *y, int bfloat16, int64_t rows
         if (!row) { failed = 1; continue; }
         read_row(y, bfloat16, r, n, own);
         float scale = root(own, n, eps);
-        for (int64_t i = 0; i < n; i++) own[i] = at(x, bfloat16, r * n + i) + own[i] * scale * weight[i];
+        read_row(x, bfloat16, r, n, row);
+        for (int64_t i = 0; i < n; i++) own[i] = row[i] + own[i] * scale * weight[i];
         write_row(own, n, sum, bfloat16, r * n);
         read_row(sum, bfloat16, r, n, own); /* as everybody else will see it */
         scale = root(own, n, eps);
@@ -70,6 +70,8 @@ int splitinfer_residual(const void *x, const void *y, int bfloat16, int64_t rows
             for (int64_t i = 0; i < n; i++) row[i] = own[i] * second[i];
             write_row(row, n, second_out, bfloat16, r * n);
         }
+        if (third)
+            for (int64_t i = 0; i < n; i++) own[i] *= third[i];
         free(row);
     }
     return failed ? -1 : 0;
@@ -83,18 +85,17 @@ int splitinfer_combine(const void *x, const void *dense, const void *moe, int bf
     int failed = 0;
     ROWS_PARALLEL
     for (int64_t r = 0; r < rows; r++) {
-        float *row = malloc((size_t)n * 4), scale;
+        float *row = malloc((size_t)n * 8), *other = row + n, scale;
         if (!row) { failed = 1; continue; }
+        read_row(dense, bfloat16, r, n, row);
         if (moe) {
-            read_row(moe, bfloat16, r, n, row);
-            scale = root(row, n, eps);
-            for (int64_t i = 0; i < n; i++)
-                row[i] = at(dense, bfloat16, r * n + i) + row[i] * scale * moe_weight[i];
-        } else
-            read_row(dense, bfloat16, r, n, row);
+            read_row(moe, bfloat16, r, n, other);
+            scale = root(other, n, eps);
+            for (int64_t i = 0; i < n; i++) row[i] += other[i] * scale * moe_weight[i];
+        }
         scale = root(row, n, eps);
-        for (int64_t i = 0; i < n; i++)
-            row[i] = (at(x, bfloat16, r * n + i) + row[i] * scale * weight[i]) * scalar;
+        read_row(x, bfloat16, r, n, other);
+        for (int64_t i = 0; i < n; i++) row[i] = (other[i] + row[i] * scale * weight[i]) * scalar;
         write_row(row, n, out, bfloat16, r * n);
         free(row);
     }

@@ -97,6 +97,20 @@ INLINE uint16_t to_bfloat16(float x) { /* round to nearest, ties to even; NaN st
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+INLINE void store_bfloat16(uint16_t *p, vf v) {
+    vu bits = (vu)v, odd = (bits >> 16) & 1;
+    vu rounded = (bits + 0x7fff + odd) >> 16, nan = (vu)(v != v);
+    rounded = (rounded & ~nan) | ((bits >> 16 | 64) & nan);
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)rounded));
+#elif defined(__AVX2__)
+    __m256i pairs = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 8)));
+#else
+    *(vh_any *)p = (vh_any)__builtin_convertvector(rounded, vh);
+#endif
+}
+
 INLINE float sum_of(vf v) { /* a fixed tree */
 #if VL == 16
     float a[16];
