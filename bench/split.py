@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import splitinfer
-from splitinfer.cli.demo import node_process
+from splitinfer.cli.processes import node_process
 from splitinfer.model.config import load_config
 from splitinfer.placement import format_ranges
 
@@ -64,15 +64,17 @@ def main() -> None:
         ]
         nodes = psutil.Process().children()
         split = stack.enter_context(
-            splitinfer.load(arguments.model, nodes=addresses, threads=arguments.threads)
+            splitinfer.load(arguments.model, nodes=addresses, threads=arguments.threads, draft="off")
         )
-        measure(split, 2)  # touch the weights' pages once
-        runs = [measure(split, arguments.tokens) for _ in range(arguments.rounds)]
+        measure(split, arguments.tokens)  # reads the weights once
         memory = {"client": resident(os.getpid())}
         memory |= {f"node {n}": resident(process.pid) for n, process in enumerate(nodes)}
-    with splitinfer.load(arguments.model, threads=arguments.threads) as here:
-        measure(here, 2)
-        alone = [measure(here, arguments.tokens) for _ in range(arguments.rounds)]
+        here = stack.enter_context(splitinfer.load(arguments.model, threads=arguments.threads, draft="off"))
+        measure(here, arguments.tokens)
+        runs, alone = [], []
+        for _ in range(arguments.rounds):
+            runs.append(measure(split, arguments.tokens))
+            alone.append(measure(here, arguments.tokens))
     report(arguments, runs, alone, memory)
 
 
