@@ -31,12 +31,21 @@ EPILOG = """
   splitinfer demo --prompt "class "    another beginning
 """
 
-PROMPT = "def read(self, size=-1):\n"
-PHASES = {"attention": "cyan", "router": "blue", "dense": "magenta", "network": "yellow", "experts": "green"}
+PROMPT = "import os\n\ndef copy_file("
+# Columns of the table: a colour, and the phases of `splitinfer.timing` that they add up.
+COLUMNS = {
+    "attention": ("cyan", ("attention",)),
+    "router": ("blue", ("router",)),
+    "dense": ("magenta", ("dense",)),
+    "dispatch": ("white", ("dispatch", "combine")),
+    "network": ("yellow", ("network",)),
+    "experts": ("green", ("experts",)),
+}
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
 HERE = ["--host", "127.0.0.1", "--threads", "1"]
 # Plain decoding in float32: nodes add their sums in another order, and here that must not show.
 EXACT: dict[str, Any] = {"dtype": "float32", "threads": 1, "draft": "off"}
-BAR_WIDTH = 24  # characters of the slowest layer's bar
+BAR_WIDTH = 14  # characters of the slowest layer's bar
 
 
 def command(
@@ -60,7 +69,7 @@ def command(
         import splitinfer
 
         with splitinfer.load(path, **EXACT) as engine:
-            local = engine.generate(prompt, max_tokens=max_tokens)
+            local = engine.generate(prompt, max_tokens=max_tokens, **SAMPLING)
     if split.token_ids != local.token_ids:
         same = sum(a == b for a, b in zip(split.token_ids, local.token_ids, strict=False))
         raise SplitinferError(f"the tokens differ: {same} of {len(local.token_ids)} agree")
@@ -96,7 +105,7 @@ def _show(console: Console, engine: Engine, prompt: str, max_tokens: int) -> Com
     completion: Completion | None = None
     if not console.is_terminal:
         sys.stdout.write(prompt)
-        for piece in engine.stream(prompt, max_tokens=max_tokens):
+        for piece in engine.stream(prompt, max_tokens=max_tokens, **SAMPLING):
             sys.stdout.write(piece.text)
             sys.stdout.flush()
             completion = piece.completion
@@ -106,7 +115,7 @@ def _show(console: Console, engine: Engine, prompt: str, max_tokens: int) -> Com
 
         text, tokens, start = "", 0, perf_counter()
         with Live(console=console, refresh_per_second=12) as live:
-            for piece in engine.stream(prompt, max_tokens=max_tokens):
+            for piece in engine.stream(prompt, max_tokens=max_tokens, **SAMPLING):
                 text, tokens = text + piece.text, tokens + len(piece.token_ids)
                 live.update(_frame(prompt, text, tokens / (perf_counter() - start)))
                 completion = piece.completion
@@ -129,18 +138,21 @@ def _costs(completion: Completion) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    layers = completion.timings.layers
+    layers = [
+        {name: sum(layer.get(phase, 0.0) for phase in phases) for name, (_, phases) in COLUMNS.items()}
+        for layer in completion.timings.layers
+    ]
     table = Table(title="one token, µs by layer", title_justify="left", box=None, padding=(0, 1))
     table.add_column("layer", justify="right", style="dim")
-    for phase, color in PHASES.items():
-        table.add_column(phase, justify="right", style=color)
+    for name, (color, _) in COLUMNS.items():
+        table.add_column(name, justify="right", style=color)
     table.add_column("")
     longest = max(sum(layer.values()) for layer in layers)
     for number, layer in enumerate(layers):
         bar = Text()
-        for phase, color in PHASES.items():
-            bar.append("█" * round(BAR_WIDTH * layer.get(phase, 0.0) / longest), style=color)
-        table.add_row(str(number), *(f"{layer.get(phase, 0.0) * 1e6:.0f}" for phase in PHASES), bar)
+        for name, (color, _) in COLUMNS.items():
+            bar.append("█" * round(BAR_WIDTH * layer[name] / longest), style=color)
+        table.add_row(str(number), *(f"{seconds * 1e6:.0f}" for seconds in layer.values()), bar)
     usage, timings = completion.usage, completion.timings
     rows = usage.prompt_tokens + usage.completion_tokens - 1
     summary = Text(
