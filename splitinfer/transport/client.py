@@ -81,15 +81,15 @@ class Channel:
         """
         if timeout is None:
             timeout = self.config.call_timeout
+        call = SingleCall(loop=self._loop)
         session = self._session
         if session is not None and not session.link.closed:
-            return session.start(method, tensors, meta, timeout)
-        call = SingleCall(loop=self._loop)
-        call.method, call.timeout, call.session = method, timeout, None
-        call.deadline = monotonic() + timeout
-        task = self._loop.create_task(self._begin_later(call, tensors, meta))
-        self._waiting.add(task)
-        task.add_done_callback(self._waiting.discard)
+            session.start(call, method, tensors, meta, timeout)
+        else:
+            call.session = None
+            task = self._loop.create_task(self._start_later(call, method, tensors, meta, timeout))
+            self._waiting.add(task)
+            task.add_done_callback(self._waiting.discard)
         return call
 
     async def call(
@@ -116,9 +116,10 @@ class Channel:
         The server runs at most a few replies ahead of whoever iterates. Leaving the loop early cancels the
         work at the server, once the iterator is closed (`contextlib.aclosing` does that at once).
         """
-        call = StreamCall(method, self.config.call_timeout if timeout is None else timeout, self._loop)
-        session = await self.reconnect(call.deadline)
-        session.begin(call, tensors, meta)
+        call = StreamCall(loop=self._loop)
+        deadline = monotonic() + (self.config.call_timeout if timeout is None else timeout)
+        session = await self.reconnect(deadline)
+        session.start(call, method, tensors, meta, deadline - monotonic())
         try:
             while (reply := await call.next()) is not None:
                 yield reply
@@ -214,13 +215,19 @@ class Channel:
         self.info = session.info
         return session
 
-    async def _begin_later(
-        self, call: SingleCall, tensors: Sequence[Array], meta: dict[str, Any] | None
+    async def _start_later(
+        self,
+        call: SingleCall,
+        method: str,
+        tensors: Sequence[Array],
+        meta: dict[str, Any] | None,
+        timeout: float,
     ) -> None:
+        deadline = monotonic() + timeout
         try:
-            session = await self.reconnect(call.deadline)
+            session = await self.reconnect(deadline)
             if not call.done():
-                session.begin(call, tensors, meta)
+                session.start(call, method, tensors, meta, deadline - monotonic())
         except Exception as error:
             call.fail(error)
 

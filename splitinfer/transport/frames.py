@@ -50,6 +50,7 @@ __all__ = [
     "Entry",
     "Limits",
     "Table",
+    "pack",
     "pack_frame",
     "pack_map",
     "pack_table",
@@ -123,6 +124,7 @@ EMPTY_TABLE: Final = Table("", (), 0, 0, True)
 # msgpack's own errors are ValueErrors; text that is not UTF-8 and a cut end are too.
 _DAMAGED: Final = (ValueError, msgpack.UnpackException, RecursionError)
 _packer = msgpack.Packer(use_bin_type=True)
+pack: Final = _packer.pack
 
 
 def pack_map(content: dict[str, Any], limit: int) -> bytes:

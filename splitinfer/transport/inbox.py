@@ -62,13 +62,14 @@ class Decoder(Protocol):
 class _Landing:
     """A body under way: `data` takes it, or is None where it was refused and its bytes go nowhere."""
 
-    __slots__ = ("data", "filled", "message", "table")
+    __slots__ = ("data", "dropped", "filled", "message", "table")
 
     def __init__(self, message: Message, table: Table, data: memoryview | None) -> None:
         self.message = message
         self.table = table
         self.data = data
         self.filled = 0
+        self.dropped = False
 
 
 class _Known(NamedTuple):
@@ -129,17 +130,17 @@ class Inbox:
         Raises RemoteProtocolError, VersionMismatch, or what `admit` raises: the connection is beyond repair.
         """
         self.nbytes += nbytes
-        start, slab = self._start, self._slab
-        end = self._end + nbytes
-        if self._into is None and end - start >= _FRAME_NBYTES:
-            # One small frame like one before: what was checked then need not be checked again.
+        if not self._landings:
+            slab, start = self._slab, self._start
+            end = self._end + nbytes
             lead, value, id, table_nbytes = _HEAD_START.unpack_from(slab, start)
-            like = self._known.get(slab[start + 16 : start + HEAD_NBYTES + table_nbytes].tobytes())
-            if like is not None and like[0] == end - start and lead in _LEADS and not self._landings:
-                _, where, method, size, views = like
+            known = self._known.get(slab[start + 16 : start + HEAD_NBYTES + table_nbytes].tobytes())
+            if known is not None and known[0] == end - start and lead in _LEADS:
+                # One small frame like one before: what was checked then need not be checked again.
+                _, where, method, size, places = known
                 frame = slab[start:end]
                 meta = unpack_map(frame[where]) if where else {}
-                tensors = [Tensor(dtype, shape, frame[place]) for dtype, shape, place in views]
+                tensors = [Tensor(dtype, shape, frame[place]) for dtype, shape, place in places]
                 self._start = self._end = end
                 self._need = HEAD_NBYTES
                 if end <= _FULL:
@@ -151,7 +152,7 @@ class Inbox:
         if self._into is not None:
             self._received_piece(self._into, nbytes, messages)
         else:
-            self._end = end
+            self._end += nbytes
             while self._end - self._start >= self._need and self._parse(messages):
                 pass
         self._aim()
@@ -159,7 +160,14 @@ class Inbox:
 
     def drop(self, id: int) -> bool:
         """Forget a body under way: no more of it will come. True if there was one."""
-        return self._landings.pop(id, None) is not None
+        landing = self._landings.get(id)
+        if landing is None:
+            return False
+        if landing is self._into:
+            landing.dropped = True  # what has come of this piece is still to be skipped
+        else:
+            del self._landings[id]
+        return True
 
     def _parse(self, messages: list[Message]) -> bool:
         """Take one frame out of the slab. False where more bytes are needed; `_need` then says how many."""
@@ -246,8 +254,8 @@ class Inbox:
             raise _interleaved()
         if nbytes > table.body_nbytes or (nbytes < table.body_nbytes and nbytes != CHUNK_NBYTES):
             raise RemoteProtocolError(f"a first piece of {nbytes} bytes for a body of {table.body_nbytes}")
-        message.refused = not self._admit(message)
-        data = None if message.refused else self._pool.take(table.body_nbytes)
+        message.admitted = self._admit(message)
+        data = self._pool.take(table.body_nbytes) if message.admitted else None
         landing = self._landings[message.id] = _Landing(message, table, data)
         self._begin_piece(landing, body, nbytes, messages)
 
@@ -283,10 +291,11 @@ class Inbox:
 
     def _piece_done(self, landing: _Landing, messages: list[Message]) -> None:
         self._into = None
-        if landing.filled < landing.table.body_nbytes:
+        if landing.filled < landing.table.body_nbytes and not landing.dropped:
             return
-        if self._landings.pop(landing.message.id, None) is not landing:
-            return  # dropped meanwhile
+        del self._landings[landing.message.id]
+        if landing.dropped:
+            return
         if landing.data is not None:
             landing.message.tensors = self._decoded(landing.table, landing.data)
         messages.append(landing.message)

@@ -22,13 +22,14 @@ class Message(Reply):
     """One message off the wire, whole. A REPLY is handed to its caller as it is.
 
     `caller` is whose call a client's message answers. `value` is the head's: milliseconds left, or credit.
-    `nbytes` is the memory that its tensors take, with padding. `refused`: its body was not wanted and has
-    been skipped. `packed_meta` is kept of handshake frames only, because the proofs cover it byte by byte.
+    `nbytes` is the memory that its tensors take, with padding. `admitted` was decided before its body came,
+    if it has one of its own; where that was not wanted it has been skipped. `packed_meta` is kept of
+    handshake frames only, because the proofs cover it byte by byte.
     """
 
     caller: Any
     packed_meta: bytes
-    __slots__ = ("caller", "id", "kind", "method", "nbytes", "packed_meta", "refused", "value")
+    __slots__ = ("admitted", "caller", "id", "kind", "method", "nbytes", "packed_meta", "value")
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class Message(Reply):
         self.method = method
         self.nbytes = nbytes
         self.tensors = tensors
-        self.refused = False
+        self.admitted: bool | None = None
 
     def __repr__(self) -> str:
         return f"Reply({list(self.tensors)}, {self.meta})"

@@ -26,6 +26,7 @@ from splitinfer.transport.frames import (
     REMEMBERED_NBYTES,
     ZEROS,
     Limits,
+    pack,
     pack_frame,
     pack_map,
     pack_table,
@@ -38,6 +39,8 @@ Piece: TypeAlias = "bytes | memoryview"
 
 # One copy of a body up to this size costs less than a longer list of pieces for the kernel.
 JOIN_NBYTES: Final = 16 * 1024
+# A peer accepts at least this much meta; of more, and of less in `limits`, the careful way takes care.
+_PLAIN_META: Final = 4096
 
 
 class Codec(Protocol):
@@ -101,7 +104,8 @@ class _Bulk:
 
 
 class Outbox:
-    """One connection's outgoing half. `nbytes` bytes wait in all, `sent_nbytes` have gone so far.
+    """One connection's outgoing half. `nbytes` bytes wait in all, `sent_nbytes` have gone so far; `ready` is
+    what goes to the kernel next.
 
     The handshake sets `limits`, which are the peer's, and `codec` with the encodings it may use, `accepted`.
     """
@@ -109,12 +113,12 @@ class Outbox:
     __slots__ = (
         "_bulk",
         "_bulk_by_id",
-        "_pieces",
         "_small",
         "accepted",
         "codec",
         "limits",
         "nbytes",
+        "ready",
         "sent_nbytes",
     )
 
@@ -125,7 +129,7 @@ class Outbox:
         self.sent_nbytes = 0
         self.codec: Codec | None = None
         self._small: dict[Any, _Small] = {}  # by method, dtypes and shapes
-        self._pieces: list[Piece] = []
+        self.ready: list[Piece] = []
         self._bulk: deque[_Bulk] = deque()
         self._bulk_by_id: dict[int, _Bulk] = {}
 
@@ -147,23 +151,22 @@ class Outbox:
             for tensor in tensors:
                 key = key, tensor.dtype, tensor.shape
             template, table_nbytes, nbytes, bare = self._small[key]
-            packed = pack_map(meta, self.limits.max_meta) if meta else b""
+            packed = pack(meta) if meta else b""
+            size = HEAD_NBYTES + table_nbytes + len(packed)
             parts = template.copy()
             parts[0] = HEAD.pack(MAGIC, kind, value, id, table_nbytes, len(packed), nbytes, 0)
             parts[2] = packed
-            parts[3] = ZEROS[-(HEAD_NBYTES + table_nbytes + len(packed)) & 63]
+            parts[3] = ZEROS[-size & 63]
             parts[4::2] = tensors if bare else map(joinable, tensors)
             frame = b"".join(parts)
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             self._send_carefully(kind, id, method, tensors, meta, value)
             return
-        if len(frame) & 63:
-            raise _misfit()
-        if self._bulk:
-            self.add(id, frame)
+        if self._bulk or len(packed) > _PLAIN_META or (not bare and len(frame) != aligned(size) + nbytes):
+            self._send_carefully(kind, id, method, tensors, meta, value)
         else:
             self.nbytes += len(frame)
-            self._pieces.append(frame)
+            self.ready.append(frame)
 
     def _send_carefully(
         self,
@@ -241,8 +244,8 @@ class Outbox:
             bulk = self._bulk_by_id[id] = _Bulk(id, head, body, body_nbytes)
             self._bulk.append(bulk)
         else:
-            self._pieces.append(head)
-            self._pieces += body
+            self.ready.append(head)
+            self.ready += body
 
     def drop(self, id: int) -> bool | None:
         """Forget what has not gone yet of a large body, and what was to follow it.
@@ -260,15 +263,15 @@ class Outbox:
 
     def pieces(self) -> list[Piece]:
         """What to hand to the kernel next, in order; empty where nothing waits. Say `sent` afterwards."""
-        if not self._pieces and self._bulk:
+        if not self.ready and self._bulk:
             self._take_chunk()
-        return self._pieces
+        return self.ready
 
     def sent(self, nbytes: int) -> None:
         """The kernel took the first `nbytes` bytes of `pieces()`."""
         self.sent_nbytes += nbytes
         self.nbytes = left = self.nbytes - nbytes
-        pieces = self._pieces
+        pieces = self.ready
         if not left:
             pieces.clear()
             return
@@ -286,13 +289,13 @@ class Outbox:
         bulk = self._bulk.popleft()
         nbytes = min(bulk.left, CHUNK_NBYTES)
         if bulk.head:
-            self._pieces.append(bulk.head)
+            self.ready.append(bulk.head)
             bulk.head = b""
         else:
             head = pack_frame(DATA, bulk.id, body_nbytes=nbytes)
-            self._pieces.append(head)
+            self.ready.append(head)
             self.nbytes += len(head)
-        self._pieces += bulk.take(nbytes)
+        self.ready += bulk.take(nbytes)
         if bulk.left:
             self._bulk.append(bulk)
             return

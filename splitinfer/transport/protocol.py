@@ -119,10 +119,9 @@ class Connection:
         self.made = 0  # calls so far: the last id
         # A client's calls in flight, by id: whose they are, None once cancelled here.
         self._callers: dict[int, Any] = {}
-        # A server's: the bytes held for each. `_landing`: those whose body is still on its way.
+        # A server's: the bytes held for each.
         self._held: dict[int, int] = {}
         self._held_nbytes = 0
-        self._landing: set[int] = set()
         self._credit: dict[int, int] = {}
         self._heard_nbytes = 0
         self._silent_ticks = self._open_ticks = 0
@@ -172,23 +171,28 @@ class Connection:
             remedy="" if self.open else "Check what listens there, and that both sides use TLS or neither.",
         )
 
+    def answered(self, id: int) -> Any:
+        """A REPLY has come: whose it is, None where that one has cancelled the call."""
+        try:
+            return self._callers.pop(id)
+        except KeyError:
+            raise _unasked(self.peer) from None
+
     def _accept_answer(self, message: Message) -> bool:
         """A client's `accept`."""
         kind, id = message.kind, message.id
         if kind == REPLY:
-            message.caller = caller = self._callers.pop(id, _NOBODY)
-            if caller is _NOBODY:
-                raise _unasked(self.peer)
-            return caller is not None
+            message.caller = self.answered(id)
+            return message.caller is not None
         if kind in (END, ERROR, ITEM):
             if kind == ERROR and id == 0:
                 raise error_from(message.meta, self.peer)
-            message.caller = caller = self._caller(id)
+            message.caller = self._caller(id)
             if kind == ITEM:
                 self._spend_credit(id)
             else:
                 self._forget(id)
-            return caller is not None
+            return message.caller is not None
         if kind == GOAWAY:
             self.draining = True
             return True
@@ -198,10 +202,7 @@ class Connection:
         """A server's `accept`."""
         kind, id = message.kind, message.id
         if kind == REQUEST:
-            if id in self._landing:
-                self._landing.discard(id)
-                return not message.refused
-            return self._admit_request(message)
+            return self.admit(message)
         if kind == CANCEL:
             return self._accept_cancel(id)
         if kind == CREDIT:
@@ -240,17 +241,18 @@ class Connection:
         if self.role == "client" and message.kind != REQUEST:
             return self._caller(message.id) is not None
         if self.role == "server" and message.kind == REQUEST:
-            admitted = self._admit_request(message)
-            self._landing.add(message.id)
-            return admitted
+            return self.admit(message)
         raise RemoteProtocolError(f"a frame of kind {message.kind} has no place here", peer=self.peer)
 
-    def _admit_request(self, message: Message) -> bool:
-        id, limits, held = message.id, self.limits, self._held
-        held_nbytes = self._held_nbytes + message.nbytes
-        if id == 0 or id in held or id in self._landing:
+    def admit(self, message: Message) -> bool:
+        """A REQUEST has come, or begun: False where there is no room for it, which the caller is told."""
+        if message.admitted is not None:
+            return message.admitted
+        id, held = message.id, self._held
+        if id in held or id == 0:
             raise RemoteProtocolError(f"request id {id} is not free", peer=self.peer)
-        if self.draining or len(held) >= limits.max_calls or held_nbytes > limits.max_buffered:
+        held_nbytes = self._held_nbytes + message.nbytes
+        if len(held) >= self.limits.max_calls or held_nbytes > self.limits.max_buffered or self.draining:
             error = self._full()
             held[id] = 0
             self.error(id, error)
@@ -292,7 +294,6 @@ class Connection:
 
     def _accept_cancel(self, id: int) -> bool:
         dropped = self.inbox.drop(id)
-        self._landing.discard(id)
         if id in self._held:
             if not dropped:
                 return True

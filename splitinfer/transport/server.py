@@ -33,7 +33,7 @@ from splitinfer.transport.deadlines import Deadlines
 from splitinfer.transport.endpoints import listen, tune
 from splitinfer.transport.frames import CANCEL, CREDIT, ERROR, REQUEST, pack_frame, pack_map
 from splitinfer.transport.handshake import error_map
-from splitinfer.transport.messages import Call, Message, Reply
+from splitinfer.transport.messages import Call, Reply
 from splitinfer.transport.protocol import STREAM_WINDOW, Connection
 from splitinfer.transport.security import TokenAuthenticator, check_exposure
 from splitinfer.transport.sockets import Link
@@ -253,28 +253,27 @@ class _Peer:
             codec=TensorCodec("server", config.compression),
             peer=_name_of(sock, server.address),
         )
-        self._accept = self.connection.accept
         self.link = Link(loop, sock, self.connection, self, tls)
 
     # ---- what the link tells
 
-    def on_message(self, message: Message) -> None:
-        if not self._accept(message):
-            return
-        id = message.id
-        if type(message) is Call and message.kind == REQUEST:
+    def on_message(self, message: Call) -> None:
+        id, connection = message.id, self.connection
+        if message.kind == REQUEST:
+            if not connection.admit(message):
+                return
             left = message.value / 1000
             message.deadline = monotonic() + (left if 0 < left < self._call_timeout else self._call_timeout)
-            message.peer = self.connection.peer
+            message.peer = connection.peer
             try:
                 answer = self._handler(message)
                 if type(answer) is Reply:
-                    self.connection.reply(id, answer.tensors, answer.meta)
+                    connection.reply(id, answer.tensors, answer.meta)
                 else:
                     self._answer(id, answer, message.deadline)
             except Exception as error:
                 self._fail(id, error)
-        elif id in self.running:
+        elif connection.accept(message) and id in self.running:
             running = self.running[id]
             if message.kind == CANCEL:
                 running.task.cancel()

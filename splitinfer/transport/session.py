@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 from time import monotonic
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 from splitinfer.errors import (
     ConnectError,
@@ -64,7 +64,7 @@ class Stats:
 
 
 class SingleCall(asyncio.Future[Reply]):
-    """A call in flight. A future that knows its session, so that cancelling it reaches the server."""
+    """A call in flight: a future that knows its session, so that cancelling it reaches the server."""
 
     __slots__ = ("deadline", "id", "method", "session", "timeout")
     deadline: float
@@ -78,18 +78,21 @@ class SingleCall(asyncio.Future[Reply]):
             self.session.forget(self)
         return super().cancel(msg)
 
+    def answer(self, reply: Reply) -> None:
+        """The one answer has come."""
+        if not self.done():
+            self.set_result(reply)
+
     def take(self, message: Message) -> None:
-        """An answer has come."""
-        if message.kind == REPLY:
-            if not self.done():
-                self.set_result(message)
-            return
+        """Something else has come."""
         assert self.session is not None
         if message.kind == ERROR:
             self.fail(error_from(message.meta, self.session.connection.peer))
-            return
-        self.fail(LocalProtocolError(f"{self.method!r} answers with a stream", remedy="Use channel.stream."))
-        self.session.forget(self)
+        else:
+            self.fail(
+                LocalProtocolError(f"{self.method!r} answers with a stream", remedy="Use channel.stream.")
+            )
+            self.session.forget(self)
 
     def fail(self, error: Exception) -> None:
         if not self.done():
@@ -111,28 +114,33 @@ class StreamCall:
         "session",
         "timeout",
     )
+    deadline: float
+    id: int
+    method: str
+    session: Session
+    timeout: float
 
-    def __init__(self, method: str, timeout: float, loop: asyncio.AbstractEventLoop) -> None:
-        self.method = method
-        self.timeout = timeout
-        self.deadline = monotonic() + timeout
-        self.session: Session | None = None
-        self.id = 0
+    def __init__(self, *, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._came: deque[Reply] = deque()
         self._over = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
+    def answer(self, reply: Reply) -> None:
+        """A method that answers once is a stream of one."""
+        self._came.append(reply)
+        self._over = True
+        self._wake()
+
     def take(self, message: Message) -> None:
-        """As SingleCall's. A method that answers once is a stream of one."""
-        kind = message.kind
-        if kind in (ITEM, REPLY):
+        """An item, the end or an error has come."""
+        if message.kind == ITEM:
             self._came.append(message)
-        elif kind == ERROR:
-            assert self.session is not None
-            self._error = error_from(message.meta, self.session.connection.peer)
-        self._over = kind != ITEM
+        elif message.kind == ERROR:
+            self.fail(error_from(message.meta, self.session.connection.peer))
+        else:
+            self._over = True
         self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -149,13 +157,16 @@ class StreamCall:
                 return None
             self._waiter = self._loop.create_future()
             await self._waiter
-        if self.session is not None and not self._over:
+        if not self._over:
             self.session.allow(self)
         return self._came.popleft()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+AnyCall: TypeAlias = SingleCall | StreamCall
 
 
 class Session:
@@ -165,7 +176,6 @@ class Session:
         self.connection = connection
         self.link: Link
         self._loop = loop
-        self._accept = connection.accept
         self._opened: asyncio.Future[None] = loop.create_future()
         self._deadlines = Deadlines(loop, self._sweep)
         self._pings: dict[int, tuple[float, asyncio.Future[float]]] = {}
@@ -234,31 +244,28 @@ class Session:
         return Stats(connection.outbox.sent_nbytes, connection.inbox.nbytes, connection.made, 0)
 
     def start(
-        self, method: str, tensors: Sequence[Array], meta: dict[str, Any] | None, timeout: float
-    ) -> SingleCall:
-        """Make a call; the request is sent now. Raises LocalProtocolError, Overloaded: then nothing was."""
-        call = SingleCall(loop=self._loop)
-        call.method, call.timeout = method, timeout
-        self.begin(call, tensors, meta)
-        return call
-
-    def begin(
-        self, call: SingleCall | StreamCall, tensors: Sequence[Array], meta: dict[str, Any] | None
+        self,
+        call: AnyCall,
+        method: str,
+        tensors: Sequence[Array],
+        meta: dict[str, Any] | None,
+        timeout: float,
     ) -> None:
-        """Send a call's request now. Raises as `start` does."""
-        timeout = call.timeout
+        """Send a call's request now. Raises LocalProtocolError, Overloaded: then nothing was sent."""
         left = ceil(timeout * 1000)
         if not 0 < left <= _MAX_MS:
             left = 1 if left <= 0 else _MAX_MS
-        call.id = self.connection.request(call.method, tensors, meta, left, call)
+        call.id = self.connection.request(method, tensors, meta, left, call)
         self.link.flush()
         # The bytes are on their way: from here on the other side works too.
         call.session = self
+        call.method = method
+        call.timeout = timeout
         call.deadline = deadline = monotonic() + timeout
         if deadline < self._deadlines.at:
             self._deadlines.watch(deadline)
 
-    def forget(self, call: SingleCall | StreamCall) -> None:
+    def forget(self, call: AnyCall) -> None:
         """Nobody waits for this call any more: tell the server, unless it has answered."""
         self.connection.cancel(call.id)
         self.link.flush()
@@ -285,10 +292,14 @@ class Session:
     # ---- what the link tells
 
     def on_message(self, message: Message) -> None:
-        if not self._accept(message):
-            return
         kind = message.kind
-        if kind in (REPLY, ITEM, END, ERROR):
+        if kind == REPLY:
+            caller = self.connection.answered(message.id)
+            if caller is not None:
+                caller.answer(message)
+        elif not self.connection.accept(message):
+            return
+        elif kind in (ITEM, END, ERROR):
             message.caller.take(message)
         elif kind == PONG:
             sent, pong = self._pings.get(message.id, (0.0, None))

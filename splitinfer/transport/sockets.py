@@ -12,7 +12,7 @@ import socket
 import ssl
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from splitinfer.errors import (
     AuthenticationError,
@@ -22,14 +22,13 @@ from splitinfer.errors import (
 )
 from splitinfer.transport.certificates import map_tls_error
 from splitinfer.transport.link_rate import delivery_rate
-from splitinfer.transport.messages import Message
 from splitinfer.transport.outbox import Piece
 from splitinfer.transport.protocol import TICK_SECONDS, Connection
 from splitinfer.transport.tls import TlsStream
 
 __all__ = ["Link", "Owner"]
 
-_READS_PER_EVENT: Final = range(8)  # then the other connections have their turn
+_MORE_READS_PER_EVENT: Final = 7  # then the other connections have their turn
 _MAX_PIECES: Final = 512  # the kernel takes 1024 at once (IOV_MAX)
 
 
@@ -47,7 +46,7 @@ class Owner(Protocol):
     A message is for `connection.accept` first; what either raises ends the connection.
     """
 
-    def on_message(self, message: Message) -> None: ...
+    def on_message(self, message: Any, /) -> None: ...
     def on_lost(self, error: TransportError) -> None: ...
 
 
@@ -84,13 +83,20 @@ class Link:
         """Hand what waits to the kernel, as far as it takes it; the rest goes when it can."""
         if self._writing or self.closed:
             return
-        outbox = self._outbox
+        outbox, tls = self._outbox, self._tls
         try:
-            while outbox.nbytes or (self._tls is not None and self._tls.unsent):
-                pieces = outbox.pieces()
-                outbox.sent(
-                    self._send(pieces[0]) if len(pieces) == 1 else self._sendmsg(pieces[:_MAX_PIECES])
-                )
+            while outbox.nbytes or (tls is not None and tls.unsent):
+                pieces = outbox.ready
+                if len(pieces) == 1:
+                    nbytes = self._send(pieces[0])
+                    if nbytes == outbox.nbytes:  # all there was, which is what mostly happens
+                        outbox.nbytes = 0
+                        outbox.sent_nbytes += nbytes
+                        pieces.clear()
+                        continue
+                else:
+                    nbytes = self._sendmsg(outbox.pieces()[:_MAX_PIECES])
+                outbox.sent(nbytes)
         except BlockingIOError:
             self._writing = True
             self._loop.add_writer(self._fd, self._writable)
@@ -113,36 +119,35 @@ class Link:
             self._idle.set_result(None)
 
     def _readable(self) -> None:
-        inbox, on_message, tls = self._inbox, self._on_message, self._tls
         try:
-            for _ in _READS_PER_EVENT:
-                buffer = inbox.buffer
-                nbytes = self._recv_into(buffer)
-                if not nbytes:
-                    self.abort(self.connection.eof())
-                    return
-                for message in inbox.received(nbytes):
-                    on_message(message)
-                if self._outbox.nbytes:
-                    self.flush()
-                # Less than asked for: there is no more.
-                if nbytes < len(buffer) and (tls is None or not tls.more):
-                    return
-                if self.closed or self._paused:
-                    return
+            if self._read():
+                for _ in range(_MORE_READS_PER_EVENT):
+                    if self.closed or self._paused or not self._read():
+                        return
+                if self._tls is not None:
+                    # What TLS holds already, no event tells of.
+                    self._loop.call_soon(self._read_rest)
         except BlockingIOError:
-            return
+            pass
         except TransportError as error:
             self._refuse(error)
-            return
         except OSError as error:
             self.abort(_lost(error, self.connection.peer))
-            return
-        if tls is not None and tls.more:
-            self._loop.call_soon(self._read_rest)
+
+    def _read(self) -> bool:
+        """Read once, pass on what is whole, send what that gave. True where there may be more to read."""
+        buffer = self._inbox.buffer
+        nbytes = self._recv_into(buffer)
+        if not nbytes:
+            self.abort(self.connection.eof())
+            return False
+        for message in self._inbox.received(nbytes):
+            self._on_message(message)
+        if self._outbox.nbytes:
+            self.flush()
+        return nbytes == len(buffer) or (self._tls is not None and self._tls.more)
 
     def _read_rest(self) -> None:
-        """What TLS holds already, no event tells of."""
         if not self.closed and not self._paused:
             self._readable()
 
