@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from splitinfer.batching import Seat
 from splitinfer.errors import UsageError
 from splitinfer.model.cache import KVCache
-from splitinfer.model.compute import INLINE_ROWS, compute
+from splitinfer.model.compute import INLINE_ROWS
 from splitinfer.model.drafter import Context, Drafter, PromptLookup, open_drafter
 from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.model.sampling import Sampler
@@ -166,7 +167,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: Gemma,
+        seat: Seat,
         cache: KVCache,
         ids: list[int],
         hidden: Tensor,
@@ -176,7 +177,7 @@ class Decoder:
         drafter: Drafter | None = None,
         depth: int | None = None,
     ) -> None:
-        self._model = model
+        self._seat = seat
         self._cache = cache
         self._ids = ids
         self._prompt = len(ids)
@@ -187,9 +188,9 @@ class Decoder:
         self._depth = Depth(depth)
         self.count = Count()
 
-    async def first(self) -> int:
-        """The first token of the reply, from the prompt's last hidden state."""
-        return (await self._sample(self._hidden, []))[0]
+    def first(self, logits: Tensor) -> int:
+        """The first token of the reply, from the prompt's last logits [1, V]."""
+        return self._sample(logits, [])[0]
 
     async def step(self, limit: int) -> list[int]:
         """The next tokens, 1 to `limit` of them."""
@@ -203,8 +204,8 @@ class Decoder:
         drafted, network = perf_counter(), self._network()
         kept = self._cache.length
         rows = torch.tensor([self._ids[-1], *drafts])
-        hidden = await self._model.forward([Segment(rows, self._cache)], timeline=self._timeline)
-        tokens = await self._sample(hidden, drafts)
+        hidden, logits = await self._seat.step(Segment(rows, self._cache), self._timeline)
+        tokens = self._sample(logits, drafts)
         if len(tokens) <= len(drafts):
             self._cache.truncate(kept + len(tokens))
         self._hidden = hidden[len(tokens) - 1 : len(tokens)]
@@ -219,11 +220,9 @@ class Decoder:
         self.count = Count(steps + 1, proposed + len(drafts), accepted + len(tokens) - 1)
         return tokens
 
-    async def _sample(self, hidden: Tensor, drafts: list[int]) -> list[int]:
-        """The tokens that rows `hidden` give: one for each right draft, and one more."""
+    def _sample(self, logits: Tensor, drafts: list[int]) -> list[int]:
+        """The tokens that rows `logits` give: one for each right draft, and one more."""
         start = perf_counter()
-        logits = await compute(len(hidden), self._model.logits, hidden)
-        middle = perf_counter()
         tokens: list[int] = []
         index, penalised = len(self._ids) - self._prompt, self._sampler.params.repetition_penalty != 1
         for row in logits:
@@ -231,8 +230,7 @@ class Decoder:
             tokens.append(self._sampler(row, index + len(tokens), seen))
             if len(tokens) > len(drafts) or tokens[-1] != drafts[len(tokens) - 1]:
                 break
-        self._timeline.add("head", -1, start, middle)
-        self._timeline.add("sampling", -1, middle, perf_counter())
+        self._timeline.add("sampling", -1, start, perf_counter())
         return tokens
 
     def _network(self) -> float:

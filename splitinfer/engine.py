@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from splitinfer.batching import Batcher
 from splitinfer.dispatch import NodeInfo, RemoteExperts
 from splitinfer.drafting import Count, Decoder, check_depth, choose_drafter
 from splitinfer.engine_config import EngineConfig, known_options
@@ -137,6 +138,7 @@ class AsyncEngine:
         dtype = self.settings.torch_dtype()
         quant = self.settings.quant_config()
         gemma = Gemma.load(self.checkpoint, experts, device=self.settings.device, dtype=dtype, quant=quant)
+        self._batcher = Batcher(gemma, self._spans)
         self._new_drafter = choose_drafter(self.settings.draft, gemma, self.checkpoint.path)
         return gemma
 
@@ -232,21 +234,26 @@ class AsyncEngine:
         """An empty cache for one sequence."""
         return self.model.new_cache()
 
+    @contextmanager
     def decoder(
         self, cache: KVCache, ids: list[int], hidden: torch.Tensor, sampler: Sampler, timeline: Timeline
-    ) -> Decoder:
-        """What continues a sequence whose `ids` are in `cache`, with this engine's drafter."""
+    ) -> Iterator[Decoder]:
+        """Continues a sequence whose `ids` are in `cache`, beside the others, with this engine's drafter."""
         drafter = self._new_drafter() if self._new_drafter is not None else None
-        return Decoder(
-            self.model,
-            cache,
-            ids,
-            hidden,
-            sampler=sampler,
-            timeline=timeline,
-            drafter=drafter,
-            depth=self._draft_depth,
-        )
+        seat = self._batcher.seat()
+        try:
+            yield Decoder(
+                seat,
+                cache,
+                ids,
+                hidden,
+                sampler=sampler,
+                timeline=timeline,
+                drafter=drafter,
+                depth=self._draft_depth,
+            )
+        finally:
+            seat.leave()
 
     def prefill(
         self, ids: Sequence[int], cache: KVCache, timeline: Timeline | None = None
@@ -315,21 +322,21 @@ class _Generation:
         async with aclosing(engine.prefill(self._prompt, cache, self._prefill)) as chunks:
             async for chunk in chunks:
                 hidden = chunk[-1:]
-        decoder = engine.decoder(cache, self._seen, hidden, self._sampler, self._decode)
-        tokens, first = [await decoder.first()], perf_counter()
-        while True:
-            for token in tokens:
-                text, reason = self._take(token)
-                self._text.append(text)
-                if reason is not None:
-                    yield Piece(
-                        text, (token,), self._completion(reason, traffic, started, first, decoder.count)
-                    )
-                    return
-                yield Piece(text, (token,))
-            # With the experts here a step may never wait: let others on this loop, and an interrupt, in.
-            await asyncio.sleep(0)
-            tokens = await decoder.step(self._max_tokens - len(self._ids))
+        logits = await compute(1, engine.model.logits, hidden, timeline=self._prefill)
+        with engine.decoder(cache, self._seen, hidden, self._sampler, self._decode) as decoder:
+            tokens, first = [decoder.first(logits)], perf_counter()
+            while True:
+                for token in tokens:
+                    text, reason = self._take(token)
+                    self._text.append(text)
+                    if reason is not None:
+                        done = self._completion(reason, traffic, started, first, decoder.count)
+                        yield Piece(text, (token,), done)
+                        return
+                    yield Piece(text, (token,))
+                # With the experts here a step may never wait: let others on this loop, and an interrupt, in.
+                await asyncio.sleep(0)
+                tokens = await decoder.step(self._max_tokens - len(self._ids))
 
     def _take(self, token: int) -> tuple[str, StopReason | None]:
         """Add a token: the text that can be shown because of it, and why to stop here (None: go on)."""

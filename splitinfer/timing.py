@@ -40,6 +40,11 @@ class Timeline:
         if self.spans is not None:
             self.spans.append(Span(phase, layer, start, end))
 
+    def merge(self, other: Timeline) -> None:
+        """Count `other`'s times here too, those of a step that several share. Its spans stay its own."""
+        for key, seconds in other.seconds.items():
+            self.seconds[key] += seconds
+
     def add_remote(self, layer: int, node: str, sent: float, answered: float, seconds: float) -> None:
         """Keep a node's own account of `seconds` of arithmetic for a call from `sent` to `answered`.
 

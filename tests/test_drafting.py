@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from splitinfer import AsyncEngine, Completion
+from splitinfer.batching import Batcher
 from splitinfer.drafting import MAX_DEPTH, Decoder, Depth, check_depth
 from splitinfer.errors import CheckpointError, UsageError
 from splitinfer.model.drafter import Context
@@ -185,7 +186,7 @@ def test_sampled_frequencies_follow_the_distribution(checkpoint: Path) -> None:
             for seed in range(draws):
                 sampler = Sampler(SamplingParams(seed=seed, **params))
                 decoder = Decoder(
-                    engine.model, cache, [*ids], state,
+                    Batcher(engine.model).seat(), cache, [*ids], state,
                     sampler=sampler, timeline=Timeline(), drafter=Scripted([0, 1, 2], 0), depth=1,
                 )  # fmt: skip
                 decoder._ids.append(11)

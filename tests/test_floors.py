@@ -7,6 +7,7 @@ Each room may import what stands on the same line or below it:
     engine
     engine_config
     dispatch  node  drafting        split execution: client, server; several tokens per step
+    batching                        many sequences per step
     mixed                           some layers here, the others on nodes
     placement  fanout  trace
     transport       model  demo     bytes and tensors | mathematics: neither knows the other
@@ -37,11 +38,13 @@ MAY_IMPORT = {
     "trace": {"errors", "timing"},
     "dispatch": GROUND | {"transport", "placement", "fanout"},
     "node": GROUND | {"transport", "placement", "dispatch", "model"},
-    "drafting": {"errors", "timing", "model"},
+    "batching": {"timing", "model"},
+    "drafting": {"errors", "timing", "batching", "model"},
     "mixed": {"errors", "timing", "placement", "model"},
     "engine_config": {"errors", "transport", "model"},
     "engine": GROUND
-    | {"transport", "placement", "dispatch", "drafting", "engine_config", "mixed", "trace", "model"},
+    | {"transport", "placement", "dispatch", "batching", "drafting", "engine_config", "mixed", "trace"}
+    | {"model"},
     "blocking": GROUND | {"engine", "dispatch", "model"},
 }
 TOP = {"cli", "__init__", "__main__"}
