@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -66,6 +66,11 @@ class _Call:
     def note_time(self, _: object) -> None:
         self.answered = perf_counter()
 
+    def give_up(self) -> None:
+        """Nobody waits for the answer any more. One that has failed already is not worth a word either."""
+        if not self.answer.cancel() and not self.answer.cancelled():
+            self.answer.exception()
+
 
 class _Pending:
     """What `dispatch` returns: awaiting it adds the partial sums, cancelling it gives the calls up."""
@@ -81,7 +86,7 @@ class _Pending:
 
     def cancel(self) -> None:
         for call in self._calls:
-            call.answer.cancel()
+            call.give_up()
 
 
 class RemoteExperts:
@@ -186,6 +191,8 @@ class RemoteExperts:
         deadline = start + self._timeout
         if self._avoided and start > self._avoided_until:
             self._look_again()
+        if not all(channel.connected for channel in self._channels):
+            self._pass_over()
         shares = divide(self._owners[layer], wire)
         out = _name(wire.x.dtype) if len(shares) == 1 else "float32"
         calls = self._send(layer, shares, out, deadline)
@@ -213,14 +220,33 @@ class RemoteExperts:
         )
         return np.where(owner[0] < 0, anyone, owner)
 
+    def _pass_over(self) -> None:
+        """Ask others instead of nodes whose connection ended between two calls, and dial these meanwhile."""
+        gone = {node for node, channel in enumerate(self._channels) if not channel.connected} - self._avoided
+        if gone:
+            self._avoid(self._avoided | gone)
+            for node in gone:
+                log.warning("%s", self._loss(node, "the connection has ended"))
+            self._look_after(gone)
+
+    def _loss(self, node: int, why: object) -> str:
+        """One line for whoever watches: what is gone, why, and what happens now."""
+        address = self.placement.addresses[node]
+        alone = any(node in owner.table for owner in self._owners.values())
+        then = f"trying again for up to {self._timeout:g} s" if alone else "its replicas take over"
+        return f"node {address} is gone ({why}): {then}"
+
     def _look_again(self) -> None:
         """Ask those avoided nodes again that have come back; look after the others without waiting."""
         away = frozenset(node for node in self._avoided if not self._channels[node].connected)
-        for node in away:
+        self._look_after(away)
+        self._avoid(away)
+
+    def _look_after(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
             task = asyncio.ensure_future(self._channels[node].ping())
             self._looking.add(task)
             task.add_done_callback(self._seen)
-        self._avoid(away)
 
     def _seen(self, task: asyncio.Future[float]) -> None:
         self._looking.discard(task)
@@ -255,25 +281,30 @@ class RemoteExperts:
         start = perf_counter()
         partials: list[Partial] = []
         compute = 0.0
-        while calls:
-            lost: list[tuple[_Call, LinkError | Overloaded]] = []
+        try:
+            while calls:
+                lost: list[tuple[_Call, LinkError | Overloaded]] = []
+                for call in calls:
+                    try:
+                        reply = await call.answer
+                    except DeadlineExceeded as error:
+                        raise self._late(call, layer) from error
+                    except (LinkError, Overloaded) as error:
+                        lost.append((call, error))
+                        continue
+                    partials.append(self._partial(call, reply, wire))
+                    seconds = reply.meta.get("compute_us", 0) / 1e6
+                    compute = max(compute, seconds)
+                    if timeline is not None and call.answered:
+                        address = self.placement.addresses[call.share.node]
+                        timeline.add_remote(layer, address, call.sent, call.answered, seconds)
+                calls = []
+                if lost:
+                    calls = await self._again(layer, wire, lost, deadline)
+        except BaseException:
             for call in calls:
-                try:
-                    reply = await call.answer
-                except DeadlineExceeded as error:
-                    raise self._late(call, layer) from error
-                except (LinkError, Overloaded) as error:
-                    lost.append((call, error))
-                    continue
-                partials.append(self._partial(call, reply, wire))
-                seconds = reply.meta.get("compute_us", 0) / 1e6
-                compute = max(compute, seconds)
-                if timeline is not None and call.answered:
-                    address = self.placement.addresses[call.share.node]
-                    timeline.add_remote(layer, address, call.sent, call.answered, seconds)
-            calls = []
-            if lost:
-                calls = await self._again(layer, wire, lost, deadline)
+                call.give_up()
+            raise
         end = perf_counter()
         total = add_partials(partials, wire.x).to(like.device)
         if timeline is not None:
@@ -284,13 +315,24 @@ class RemoteExperts:
             timeline.add("combine", layer, end, perf_counter())
         return total
 
-    def _late(self, call: _Call, layer: int) -> DeadlineExceeded:
+    def _late(self, call: _Call, layer: int) -> DeadlineExceeded | PlacementError:
         address = self.placement.addresses[call.share.node]
+        if not self._channels[call.share.node].connected:
+            return self._gone(call, layer)
         return DeadlineExceeded(
             f"node {address} gave no answer for layer {layer} within {self._timeout:g} s",
             timeout=self._timeout,
             peer=address,
             remedy=f"See whether the node at {address} runs and is not overloaded, or raise --timeout.",
+        )
+
+    def _gone(self, call: _Call, layer: int) -> PlacementError:
+        address = self.placement.addresses[call.share.node]
+        experts = format_ranges(set(call.share.experts.ravel().tolist()) - {-1})
+        return PlacementError(
+            f"node {address} is gone and nobody else holds its experts of layer {layer}",
+            gaps=(f"layer {layer}: experts {experts}",),
+            remedy=f"Restart the node at {address}, or start a replica and name it in --nodes.",
         )
 
     def _partial(self, call: _Call, reply: transport.Reply, wire: Rows) -> Partial:
@@ -318,13 +360,15 @@ class RemoteExperts:
         Raises `PlacementError` when nobody has answered by the deadline, with the link's error as its cause.
         """
         asked: dict[Columns, npt.NDArray[np.int16]] = {}  # experts by the slice that is missing of them
-        for call, error in lost:
+        for call, _ in lost:
             span = self.placement.spans[call.share.node]
             missing = asked.setdefault(span, np.full(wire.index.shape, -1, dtype=np.int16))
             rows = slice(None) if call.share.rows is None else call.share.rows
             missing[rows] = np.where(call.share.experts >= 0, call.share.experts, missing[rows])
-            log.warning("layer %d: node %s: %s", layer, self.placement.addresses[call.share.node], error)
+        news = [(call.share.node, error) for call, error in lost if call.share.node not in self._avoided]
         self._avoid(self._avoided | {call.share.node for call, _ in lost})
+        for node, error in news:  # once, not for every call that meets it
+            log.warning("%s", self._loss(node, error))
         owners = []
         for span, missing in asked.items():
             owner = self._owner(layer, span)[:, missing]
@@ -333,13 +377,7 @@ class RemoteExperts:
             # Some expert has no holder left: the lost node gets another chance, until the deadline.
             if perf_counter() + RETRY_PAUSE >= deadline:
                 call, error = lost[0]
-                address = self.placement.addresses[call.share.node]
-                experts = format_ranges(set(call.share.experts.ravel().tolist()) - {-1})
-                raise PlacementError(
-                    f"node {address} is gone and nobody else holds its experts of layer {layer}",
-                    gaps=(f"layer {layer}: experts {experts}",),
-                    remedy=f"Restart the node at {address}, or start a replica and name it in --nodes.",
-                ) from error
+                raise self._gone(call, layer) from error
             await asyncio.sleep(RETRY_PAUSE)
         # In float32, as partial sums are, whatever was asked before: rounded once, here.
         shares = [share for owner in owners for share in divide_by(owner, wire)]

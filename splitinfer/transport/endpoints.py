@@ -56,7 +56,7 @@ async def _connect(
     except OSError as error:
         sock.close()
         raise ConnectError(
-            f"{address}: {(error.strerror or str(error)).lower()}",
+            f"nobody answers at {address}: {_words(error)}",
             peer=str(address),
             remedy="Check that the node runs there: splitinfer node.",
         ) from None
@@ -64,6 +64,11 @@ async def _connect(
         sock.close()
         raise
     return sock
+
+
+def _words(error: OSError) -> str:
+    """What the operating system calls it: event loops put their own words in its place."""
+    return (os.strerror(error.errno) if error.errno else str(error)).lower()
 
 
 def listen(address: Address) -> tuple[socket.socket, Address]:
