@@ -73,12 +73,15 @@ class Engine:
     def stream(self, prompt: Prompt, **options: Any) -> Generator[Piece]:
         """See `AsyncEngine.stream`. Leaving the iteration early ends the generation."""
         pieces = self._engine.stream(prompt, **options)
+        turn = asyncio.Lock()  # a step that an interrupt cancelled ends before the generation is closed
 
         async def following() -> Piece | None:
-            return await anext(pieces, None)
+            async with turn:
+                return await anext(pieces, None)
 
         async def leave() -> None:
-            await pieces.aclose()
+            async with turn:
+                await pieces.aclose()
 
         try:
             while (piece := self._run(following())) is not None:

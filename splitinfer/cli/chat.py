@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
+from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +15,8 @@ from splitinfer.config import Settings
 from splitinfer.errors import SplitinferError, TokenizerError
 
 if TYPE_CHECKING:
-    from splitinfer.blocking import Engine
+    from splitinfer.cli.background import Background
+    from splitinfer.engine import AsyncEngine
 
 __all__ = ["EPILOG", "command"]
 
@@ -29,6 +30,8 @@ Ctrl-C stops a reply, twice leaves; so does Ctrl-D. Without a terminal every
 line of standard input is a turn.
 """
 
+ROOM = 256  # tokens of the context kept free for a reply of unstated length
+
 
 @takes(*MODEL, *ENGINE, sampling=True)
 def command(
@@ -40,14 +43,28 @@ def command(
     request: Request,
 ) -> None:
     """Talk to a model, with the chat template of its checkpoint."""
-    with open_engine(settings) as engine:
-        Conversation(engine, settings, request, system).hold()
+    from splitinfer.cli.background import Background
+
+    with Background() as background:
+        opened = AsyncExitStack()
+        engine = background.run(opened.enter_async_context(open_engine(settings)))
+        try:
+            Conversation(engine, background, settings, request, system).hold()
+        finally:
+            background.run(opened.aclose())
 
 
 class Conversation:
     """The turns so far, and the engine that answers the next one."""
 
-    def __init__(self, engine: Engine, settings: Settings, request: Request, system: str | None) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        background: Background,
+        settings: Settings,
+        request: Request,
+        system: str | None,
+    ) -> None:
         tokenizer = engine.tokenizer
         if tokenizer is None or not tokenizer.has_chat_template:
             raise TokenizerError(
@@ -56,7 +73,8 @@ class Conversation:
                 remedy="Use `splitinfer generate`, or a checkpoint trained for chat (chat_template.jinja).",
             )
         self._engine = engine
-        self._render = tokenizer.render_chat
+        self._background = background
+        self._tokenizer = tokenizer
         self._request = request
         self._messages = [{"role": "system", "content": system}] if system else []
         self._on_terminal = sys.stdin.isatty()
@@ -71,7 +89,7 @@ class Conversation:
                     return
                 interrupted = False
                 if line.strip():
-                    self._answer(line)
+                    self._background.run(self._answer(line.strip()))
             except KeyboardInterrupt:
                 if interrupted or not self._on_terminal:
                     raise
@@ -92,18 +110,35 @@ class Conversation:
             print()
             return None
 
-    def _answer(self, line: str) -> None:
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of the conversation. The oldest turns leave `messages` where it grew too long."""
+        first = 1 if messages[0]["role"] == "system" else 0
+        room = self._engine.context - (self._request.max_tokens or ROOM)
+        forgotten = 0
+        while True:
+            prompt = self._tokenizer.encode(self._tokenizer.render_chat(messages))
+            if len(prompt) <= room or len(messages) <= first + 1:
+                break
+            del messages[first : first + 2]
+            forgotten += 1
+        if forgotten:
+            turns = "the oldest turn" if forgotten == 1 else f"the {forgotten} oldest turns"
+            screen().print(f"the conversation outgrew the context: {turns} forgotten", style="dim")
+        return prompt
+
+    async def _answer(self, line: str) -> None:
         """Stream one reply. What was written of an interrupted reply stays part of the conversation."""
-        messages = [*self._messages, {"role": "user", "content": line.strip()}]
+        messages = [*self._messages, {"role": "user", "content": line}]
         written: list[str] = []
         try:
-            with closing(self._engine.stream(self._render(messages), **self._request.arguments())) as pieces:
+            stream = self._engine.stream(self._prompt(messages), **self._request.arguments())
+            async with aclosing(stream) as pieces:
                 with busy("reading"):
-                    piece = next(pieces, None)
+                    piece = await anext(pieces, None)
                 while piece is not None:
                     written.append(piece.text)
                     print(piece.text, end="", flush=True)
-                    piece = next(pieces, None)
+                    piece = await anext(pieces, None)
             print(flush=True)
         finally:
             if written:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from splitinfer.errors import SplitinferError
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
     from rich.console import Console
 
-__all__ = ["busy", "human_size", "plain", "prepare_threads", "report", "run", "screen"]
+__all__ = ["busy", "human_size", "new_event_loop", "plain", "prepare_threads", "report", "run", "screen"]
 
 T = TypeVar("T")
 
@@ -44,14 +46,22 @@ def busy(label: str) -> Iterator[None]:
         yield
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, on uvloop where it is installed."""
+def new_event_loop() -> AbstractEventLoop:
+    """uvloop's where it is installed, else asyncio's own."""
     import asyncio  # here, because --help does not need it
 
     try:
-        from uvloop import new_event_loop
+        import uvloop
     except ImportError:
-        return asyncio.run(main)
+        return asyncio.new_event_loop()
+    loop: AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end. Ctrl-C cancels it."""
+    import asyncio
+
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(main)
 

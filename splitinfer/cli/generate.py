@@ -16,7 +16,7 @@ import typer
 
 from splitinfer.cli.console import busy, run
 from splitinfer.cli.options import ENGINE, Json, takes
-from splitinfer.cli.session import Request, as_json, open_async_engine, print_figures
+from splitinfer.cli.session import Request, as_json, open_engine, print_figures
 from splitinfer.config import Settings
 from splitinfer.errors import UsageError
 
@@ -110,14 +110,14 @@ def _parse_ids(text: str) -> list[int]:
 
 
 async def _complete(settings: Settings, prompt: str | Sequence[int], request: Request) -> None:
-    async with open_async_engine(settings) as engine:
+    async with open_engine(settings) as engine:
         with busy("generating"):
             completion = await engine.generate(prompt, **request.arguments())
         print(json.dumps(as_json(completion, settings), ensure_ascii=False))
 
 
 async def _stream(settings: Settings, prompt: str | Sequence[int], request: Request) -> None:
-    async with open_async_engine(settings) as engine:
+    async with open_engine(settings) as engine:
         write = _Writer(spells=engine.tokenizer is not None)
         completion: Completion | None = None
         async with aclosing(engine.stream(prompt, **request.arguments())) as pieces:

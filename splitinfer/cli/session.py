@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from splitinfer.config import Settings
 from splitinfer.errors import UsageError
 
 if TYPE_CHECKING:
-    from splitinfer.blocking import Engine
     from splitinfer.engine import AsyncEngine
     from splitinfer.generation import Completion
     from splitinfer.transport import ClientConfig, ServerConfig
@@ -25,7 +24,6 @@ __all__ = [
     "client_config",
     "model_of",
     "name_of",
-    "open_async_engine",
     "open_engine",
     "print_figures",
     "server_config",
@@ -126,7 +124,7 @@ def _arguments(settings: Settings) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def open_async_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
+async def open_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
     """Load this machine's half and connect to the nodes, with a spinner on a terminal."""
     async with AsyncExitStack() as stack:
         with busy(f"loading {name_of(settings)}"):
@@ -134,17 +132,6 @@ async def open_async_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
 
             engine = AsyncEngine(model_of(settings), **_arguments(settings))
             await stack.enter_async_context(engine)
-        yield engine
-
-
-@contextmanager
-def open_engine(settings: Settings) -> Iterator[Engine]:
-    """The same, synchronous."""
-    with ExitStack() as stack:
-        with busy(f"loading {name_of(settings)}"):
-            from splitinfer.blocking import Engine
-
-            engine = stack.enter_context(Engine(model_of(settings), **_arguments(settings)))
         yield engine
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator
 from types import ModuleType
 from typing import Any, ClassVar, Self
 
@@ -28,53 +30,45 @@ class FakeTokenizer:
     def render_chat(self, messages: list[dict[str, str]], **_: Any) -> str:
         return "|".join(f"{m['role']}:{m['content']}" for m in messages)
 
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
 
 class FakeEngine:
-    """Says `script`; an exception in it is raised there. Works awaited and not, like the two real engines."""
+    """An AsyncEngine that says `script`; an exception in it is raised there, "^C" is an interrupt."""
 
     script: ClassVar[list[str | BaseException]] = []
     tokenizer: Any = FakeTokenizer()
+    context = 8192
     opened: ClassVar[list[dict[str, Any]]] = []
     asked: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self, model: str, **settings: Any) -> None:
         self.opened.append({"model": model, **settings})
 
-    def _pieces(self, prompt: Any, options: dict[str, Any]) -> Iterator[Piece]:
-        self.asked.append({"prompt": prompt, **options})
-        said = ""
-        for number, item in enumerate(self.script):
-            if isinstance(item, BaseException):
-                raise item
-            said += item
-            last = completion(said) if number == len(self.script) - 1 else None
-            yield Piece(item, (number + 5,), last)
-
-
-class FakeAsync(FakeEngine):
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         pass
 
-    async def stream(self, prompt: Any, **options: Any) -> AsyncIterator[Piece]:
-        for piece in self._pieces(prompt, options):
-            yield piece
+    async def stream(self, prompt: Any, **options: Any) -> AsyncGenerator[Piece]:
+        self.asked.append({"prompt": prompt, **options})
+        said = ""
+        for number, item in enumerate(self.script):
+            if isinstance(item, BaseException):
+                raise item
+            if item == "^C":
+                signal.raise_signal(signal.SIGINT)
+                await asyncio.sleep(10)
+            said += item
+            last = completion(said) if number == len(self.script) - 1 else None
+            yield Piece(item, (number + 5,), last)
 
     async def generate(self, prompt: Any, **options: Any) -> Completion:
-        return next(piece.completion for piece in self._pieces(prompt, options) if piece.completion)
-
-
-class FakeBlocking(FakeEngine):
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        pass
-
-    def stream(self, prompt: Any, **options: Any) -> Iterator[Piece]:
-        yield from self._pieces(prompt, options)
+        pieces = [piece async for piece in self.stream(prompt, **options)]
+        assert pieces[-1].completion is not None
+        return pieces[-1].completion
 
 
 def install(monkeypatch: pytest.MonkeyPatch, script: list[str | BaseException], tokenizer: Any) -> None:
@@ -83,10 +77,6 @@ def install(monkeypatch: pytest.MonkeyPatch, script: list[str | BaseException], 
     monkeypatch.setattr(FakeEngine, "tokenizer", tokenizer)
     monkeypatch.setattr(FakeEngine, "opened", [])
     monkeypatch.setattr(FakeEngine, "asked", [])
-    for name, attribute, fake in (
-        ("splitinfer.engine", "AsyncEngine", FakeAsync),
-        ("splitinfer.blocking", "Engine", FakeBlocking),
-    ):
-        module = ModuleType(name)
-        setattr(module, attribute, fake)
-        monkeypatch.setitem(sys.modules, name, module)
+    module = ModuleType("splitinfer.engine")
+    vars(module)["AsyncEngine"] = FakeEngine
+    monkeypatch.setitem(sys.modules, "splitinfer.engine", module)

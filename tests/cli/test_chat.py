@@ -13,8 +13,8 @@ from tests.cli.conftest import Cli
 from tests.cli.fakes import FakeEngine, FakeTokenizer
 
 
-def prompts() -> list[object]:
-    return [asked["prompt"] for asked in FakeEngine.asked]
+def prompts() -> list[str]:
+    return [bytes(asked["prompt"]).decode() for asked in FakeEngine.asked]
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_no_template_is_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch, token
 def test_ctrl_c_stops_the_reply_only(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, terminal: list[str | BaseException]
 ) -> None:
-    fakes.install(monkeypatch, ["half", KeyboardInterrupt()], FakeTokenizer())
+    fakes.install(monkeypatch, ["half", "^C"], FakeTokenizer())
     terminal += ["one", "two"]
     ran = cli("chat", "m", terminal=True)
     assert ran.code == 0  # the keyboard ended, as by Ctrl-D
@@ -68,7 +68,7 @@ def test_ctrl_c_stops_the_reply_only(
 def test_ctrl_c_twice_leaves(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, terminal: list[str | BaseException]
 ) -> None:
-    fakes.install(monkeypatch, ["half", KeyboardInterrupt()], FakeTokenizer())
+    fakes.install(monkeypatch, ["half", "^C"], FakeTokenizer())
     terminal += ["one", KeyboardInterrupt()]
     assert cli("chat", "m", terminal=True).code == 130
     terminal += [KeyboardInterrupt(), KeyboardInterrupt()]
@@ -99,3 +99,21 @@ def test_a_lost_node_ends_a_script(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     fakes.install(monkeypatch, [ConnectionLost("node a:1 went away")], FakeTokenizer())
     assert cli("chat", "m", stdin=b"one\ntwo\n").code == 1
     assert prompts() == ["user:one"]
+
+
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes.install(monkeypatch, ["ok"], FakeTokenizer())
+    monkeypatch.setattr(FakeEngine, "context", 10 + 50)
+    ran = cli("chat", "m", "--system", "s", "--max-tokens", "10", stdin=b"a\nb\nc\n" + b"d" * 60 + b"\n")
+    assert prompts() == [
+        "system:s|user:a",
+        "system:s|user:a|assistant:ok|user:b",
+        "system:s|user:b|assistant:ok|user:c",
+        "system:s|user:" + "d" * 60,  # too long by itself: for the engine to refuse
+    ]
+    assert ran.err.splitlines() == [
+        "the conversation outgrew the context: the oldest turn forgotten",
+        "the conversation outgrew the context: the 2 oldest turns forgotten",
+    ]

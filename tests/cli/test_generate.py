@@ -138,6 +138,6 @@ def test_an_error_after_some_text_keeps_the_text(cli: Cli, monkeypatch: pytest.M
 
 
 def test_an_interrupt_keeps_the_text(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    fakes.install(monkeypatch, ["Once", KeyboardInterrupt()], FakeTokenizer())
+    fakes.install(monkeypatch, ["Once", "^C"], FakeTokenizer())
     ran = cli("generate", "hi", "--model", "m")
     assert (ran.code, ran.out) == (130, "Once\n")
