@@ -21,7 +21,7 @@ from splitinfer.errors import UsageError
 from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
 from splitinfer.mixed import MixedExperts, local_layers
 from splitinfer.model.cache import KVCache
-from splitinfer.model.compute import compute
+from splitinfer.model.compute import compute, use_threads
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
 from splitinfer.model.gemma import Gemma
@@ -30,12 +30,11 @@ from splitinfer.model.pipeline import IN_FLIGHT, prefill
 from splitinfer.model.sampling import Sampler, SamplingParams
 from splitinfer.model.tokenizer import StreamDecoder, Tokenizer
 from splitinfer.model.weights import Checkpoint
+from splitinfer.prompt import Prompt, encode
 from splitinfer.timing import Span, Timeline
 from splitinfer.trace import check_trace, write_trace
 
 __all__ = ["AsyncEngine", "EngineConfig", "Prompt"]
-
-Prompt = str | Sequence[int]
 
 PREFILL_ROWS = 512  # rows of one prefill step: bounds memory and the size of an expert call
 DEFAULT_MAX_TOKENS = 256
@@ -68,8 +67,15 @@ class AsyncEngine:
             raise UsageError("nodes takes a list of addresses", remedy=f"Write nodes=[{nodes!r}].")
         self._model_name = model
         self._addresses = tuple(nodes or ())
+        if config is not None and settings:
+            raise UsageError(
+                f"settings are given twice: config and {', '.join(settings)}",
+                remedy="Put them all into config.",
+            )
         self.settings = config or EngineConfig(**known_options(EngineConfig, settings))
         self._checkpoint: Checkpoint | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.context = 0
         self._experts: RemoteExperts | None = None
         self._gemma: Gemma | None = None
         self._spans: list[Span] | None = None if self.settings.trace is None else []
@@ -84,6 +90,8 @@ class AsyncEngine:
 
     async def open(self) -> None:
         """Read the checkpoint, connect to the nodes, check coverage, load this machine's half."""
+        if self._gemma is not None:
+            raise UsageError("the engine is open already", remedy="Open it once, or close it before.")
         loop = asyncio.get_running_loop()
         self._checkpoint = await loop.run_in_executor(
             None, lambda: Checkpoint.open(resolve_model(self._model_name))
@@ -93,8 +101,8 @@ class AsyncEngine:
         config = self.config
         self.context = self.settings.context_of(config)
         self.tokenizer = await loop.run_in_executor(None, Tokenizer.open, self.checkpoint.path)
-        if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)
+        use_threads(self.settings.threads)
+        device = self.settings.torch_device()
         local, kept = await loop.run_in_executor(None, self._keep)
         if self._addresses:
             self._experts = await RemoteExperts.connect(
@@ -107,7 +115,7 @@ class AsyncEngine:
                 config=self.settings.transport,
             )
         try:
-            self._gemma = await loop.run_in_executor(None, self._load, local, kept)
+            self._gemma = await loop.run_in_executor(None, self._load, local, kept, device)
         except BaseException:
             await self.close()
             raise
@@ -131,13 +139,13 @@ class AsyncEngine:
         held = dict.fromkeys(layers, range(self.config.num_experts))
         return LocalExperts(ExpertBank(self.checkpoint, held, dtype=dtype, format=format)), layers
 
-    def _load(self, local: LocalExperts | None, kept: tuple[int, ...]) -> Gemma:
+    def _load(self, local: LocalExperts | None, kept: tuple[int, ...], device: str) -> Gemma:
         experts: Experts | None = local or self._experts
         if local is not None and self._experts is not None:
             experts = MixedExperts(local, kept, self._experts)
         dtype = self.settings.torch_dtype()
         quant = self.settings.quant_config()
-        gemma = Gemma.load(self.checkpoint, experts, device=self.settings.device, dtype=dtype, quant=quant)
+        gemma = Gemma.load(self.checkpoint, experts, device=device, dtype=dtype, quant=quant)
         self._batcher = Batcher(gemma, self._spans)
         self._new_drafter = choose_drafter(self.settings.draft, gemma, self.checkpoint.path)
         return gemma
@@ -206,29 +214,7 @@ class AsyncEngine:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """`prompt` as token ids, checked. Raises `UsageError` for what this model cannot read."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UsageError(
-                    f"{self.checkpoint.path} has no tokenizer",
-                    remedy="Give the prompt as token ids (--token-ids).",
-                )
-            ids = self.tokenizer.encode(prompt) if prompt else []
-        else:
-            ids = [int(token) for token in prompt]
-        if not ids:
-            raise UsageError("the prompt is empty", remedy="Give at least one token of text.")
-        vocab = self.config.vocab_size
-        for token in ids:
-            if not 0 <= token < vocab:
-                raise UsageError(
-                    f"token id {token} is not in the vocabulary of {vocab}", remedy=f"Use 0-{vocab - 1}."
-                )
-        if len(ids) > self.context:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.context}",
-                remedy="Shorten the prompt, or raise --context as far as the model and memory allow.",
-            )
-        return ids
+        return encode(prompt, self.checkpoint, self.tokenizer, self.context)
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
@@ -289,8 +275,8 @@ class _Generation:
         room = engine.context - len(prompt)
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, room)
-        if max_tokens < 1 and room >= 1:
-            raise UsageError(f"max_tokens is {max_tokens}", remedy="Ask for at least one token.")
+        if not isinstance(max_tokens, int) or (max_tokens < 1 and room >= 1):
+            raise UsageError(f"max_tokens is {max_tokens!r}", remedy="Ask for at least one token.")
         if max_tokens > room or room < 1:
             raise UsageError(
                 f"{len(prompt)} prompt tokens and {max_tokens} new ones do not fit "

@@ -63,6 +63,17 @@ class EngineConfig:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    def torch_device(self) -> str:
+        """`device`, if this machine has it. Raises UsageError where it has not."""
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            words = (str(error).splitlines() or [""])[0][:100].removesuffix(".")
+            raise UsageError(
+                f"device {self.device!r} cannot be used: {words}", remedy="Choose another with --device: cpu."
+            ) from None
+        return self.device
+
     def quant_config(self) -> QuantConfig:
         """The formats by part. Raises UsageError for an unknown one."""
         return QuantConfig.of(

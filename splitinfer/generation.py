@@ -69,7 +69,11 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
+        if (
+            isinstance(stops, str)
+            or not isinstance(stops, Sequence)
+            or not all(isinstance(stop, str) and stop for stop in stops)
+        ):
             raise UsageError("stop takes a list of non-empty strings", remedy='write stop=["\\n\\n"]')
         self._stops = tuple(stops)
         self._held = ""

@@ -18,7 +18,7 @@ import torch
 from splitinfer import transport
 from splitinfer.dispatch import EXPERT_CALL
 from splitinfer.errors import UsageError
-from splitinfer.model.compute import run, runs_inline, submit
+from splitinfer.model.compute import run, runs_inline, submit, use_threads
 from splitinfer.model.experts import ExpertBank
 from splitinfer.model.hub import resolve_model
 from splitinfer.model.quantize import QuantConfig
@@ -143,8 +143,7 @@ class ExpertNode:
         await self.stop()
 
     def _load(self) -> tuple[ExpertBank, Holding]:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
+        use_threads(self._threads)
         checkpoint = Checkpoint.open(resolve_model(self._model))
         config = checkpoint.config
         if not config.enable_moe_block:

@@ -139,9 +139,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ([3] * 600, {}, "600 tokens, the context holds 512"),
     ([3] * 500, {"max_tokens": 13}, "do not fit"),
     ([3], {"max_tokens": 0}, "max_tokens is 0"),
+    ([3], {"max_tokens": 1.5}, "max_tokens is 1.5"),
     ([3], {"temprature": 1.0}, "no option 'temprature'"),
     ([3], {"temperature": -1.0}, "temperature"),
     ([3], {"stop": "\n"}, "stop takes a list"),
+    ([3], {"stop": None}, "stop takes a list"),
 ]
 
 
@@ -218,3 +220,17 @@ def test_the_async_engine_is_the_same(with_text: Path, engine: splitinfer.Engine
 def test_an_engine_that_is_not_open_says_so(with_text: Path) -> None:
     with pytest.raises(UsageError, match="not open"):
         asyncio.run(splitinfer.AsyncEngine(with_text).generate([3]))
+
+
+def test_settings_are_given_once(without_text: Path) -> None:
+    with pytest.raises(UsageError, match="given twice: config and context"):
+        splitinfer.load(without_text, config=splitinfer.EngineConfig(), context=5)
+
+
+def test_an_open_engine_is_not_opened_again(without_text: Path) -> None:
+    async def twice() -> None:
+        async with splitinfer.AsyncEngine(without_text) as engine:
+            await engine.open()
+
+    with pytest.raises(UsageError, match="open already"):
+        asyncio.run(twice())

@@ -41,10 +41,11 @@ MAY_IMPORT = {
     "batching": {"timing", "model"},
     "drafting": {"errors", "timing", "batching", "model"},
     "mixed": {"errors", "timing", "placement", "model"},
+    "prompt": {"errors", "model"},
     "engine_config": {"errors", "transport", "model"},
     "engine": GROUND
     | {"transport", "placement", "dispatch", "batching", "drafting", "engine_config", "mixed", "trace"}
-    | {"model"},
+    | {"model", "prompt"},
     "blocking": GROUND | {"engine", "dispatch", "model"},
 }
 TOP = {"cli", "__init__", "__main__"}

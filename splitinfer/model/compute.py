@@ -13,7 +13,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["INLINE_ROWS", "compute", "run", "runs_inline", "submit"]
+from splitinfer.errors import UsageError
+
+__all__ = ["INLINE_ROWS", "compute", "run", "runs_inline", "submit", "use_threads"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,6 +36,15 @@ def _executor() -> ThreadPoolExecutor:
 
 
 _last_seconds: dict[str, float] = {}  # what the last job of each kind took
+
+
+def use_threads(threads: int | None) -> None:
+    """Bounds the arithmetic of this process (None: torch's choice). Raises UsageError for less than one."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise UsageError(f"{threads} threads cannot compute", remedy="Choose 1 or more for threads.")
+    torch.set_num_threads(threads)
 
 
 def _kind(function: Callable[..., object]) -> str:

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from splitinfer.model.compute import INLINE_ROWS, compute, submit
+from splitinfer.errors import UsageError
+from splitinfer.model.compute import INLINE_ROWS, compute, submit, use_threads
 
 
 def where() -> tuple[str, bool]:
@@ -87,3 +88,11 @@ def test_a_kind_of_job_that_was_slow_leaves_the_loop_until_it_is_quick_again() -
         return [thread == here for thread in threads]
 
     assert asyncio.run(ask()) == [False, False, False, True, False]
+
+
+def test_threads_are_at_least_one() -> None:
+    before = torch.get_num_threads()
+    use_threads(None)
+    with pytest.raises(UsageError, match="0 threads"):
+        use_threads(0)
+    assert torch.get_num_threads() == before

@@ -1,0 +1,58 @@
+"""What a person asks, text or token ids, as the token ids that a model can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+
+from splitinfer.errors import UsageError
+from splitinfer.model.tokenizer import Tokenizer
+from splitinfer.model.weights import Checkpoint
+
+__all__ = ["Prompt", "encode"]
+
+Prompt = str | Sequence[int]
+
+
+def encode(prompt: Prompt, checkpoint: Checkpoint, tokenizer: Tokenizer | None, context: int) -> list[int]:
+    """`prompt` as token ids of the checkpoint's vocabulary, 1 to `context` of them.
+
+    Raises UsageError for what is neither text nor ids, for text without a tokenizer, for an empty prompt, an
+    id outside the vocabulary and more than the context holds.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UsageError(
+                f"{checkpoint.path} has no tokenizer",
+                remedy="Give the prompt as token ids (--token-ids).",
+            )
+        ids = tokenizer.encode(prompt) if prompt else []
+    else:
+        ids = _ids(prompt)
+    if not ids:
+        raise UsageError("the prompt is empty", remedy="Give at least one token of text.")
+    vocab = checkpoint.config.vocab_size
+    for token in ids:
+        if not 0 <= token < vocab:
+            raise UsageError(
+                f"token id {token} is not in the vocabulary of {vocab}", remedy=f"Use 0-{vocab - 1}."
+            )
+    if len(ids) > context:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens, the context holds {context}",
+            remedy="Shorten the prompt, or raise --context as far as the model and memory allow.",
+        )
+    return ids
+
+
+def _ids(prompt: Sequence[int]) -> list[int]:
+    """Whole numbers of any kind. Bytes are some too, and never meant as token ids."""
+    try:
+        if isinstance(prompt, (bytes, bytearray)):
+            raise TypeError
+        return [index(token) for token in prompt]
+    except TypeError:
+        raise UsageError(
+            f"the prompt is a {type(prompt).__name__}, neither text nor a list of token ids",
+            remedy='Write "Once" or [2, 5, 7].',
+        ) from None
