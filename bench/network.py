@@ -110,9 +110,11 @@ async def round_trip(address: str, transport: ClientConfig) -> float:
         return statistics.median([await channel.ping() for _ in range(20)])
 
 
-async def one_reply(engine: AsyncEngine, prompt: str | list[int], tokens: int, rtt: float) -> tuple[Any, ...]:
+async def one_reply(
+    engine: AsyncEngine, prompt: str | list[int], rtt: float, tokens: int, sampling: dict[str, Any]
+) -> tuple[Any, ...]:
     """Figures of one reply and its token ids, from the engine's own account."""
-    completion = await engine.generate(prompt, max_tokens=tokens, ignore_eos=True)
+    completion = await engine.generate(prompt, max_tokens=tokens, ignore_eos=True, **sampling)
     prefill = await engine.generate(prompt, max_tokens=1, ignore_eos=True)  # what the prompt alone costs
     usage, decoded = completion.usage, tokens - 1
     rate = completion.timings.decode_tokens_per_second
@@ -136,13 +138,15 @@ def _traffic(usage: Any, less: Any) -> int:
     return usage.bytes_sent + usage.bytes_received - less.bytes_sent - less.bytes_received
 
 
-async def several_replies(engine: AsyncEngine, prompt: str | list[int], tokens: int) -> tuple[Any, ...]:
+async def several_replies(
+    engine: AsyncEngine, prompt: str | list[int], tokens: int, sampling: dict[str, Any]
+) -> tuple[Any, ...]:
     """Tokens of all replies per second, while all of them are decoding."""
     arrivals: list[list[float]] = [[] for _ in range(STREAMS)]
     ids: list[list[int]] = [[] for _ in range(STREAMS)]
 
     async def follow(number: int) -> None:
-        async for piece in engine.stream(prompt, max_tokens=tokens, ignore_eos=True):
+        async for piece in engine.stream(prompt, max_tokens=tokens, ignore_eos=True, **sampling):
             arrivals[number].append(perf_counter())
             ids[number] += piece.token_ids
 
@@ -160,7 +164,7 @@ async def several_replies(engine: AsyncEngine, prompt: str | list[int], tokens: 
 
 
 async def measure(
-    model: Path, addresses: Sequence[str], way: Way, rtt: float, arguments: argparse.Namespace
+    model: Path, addresses: Sequence[str], way: Way, rtt: float, tokens: int, sampling: dict[str, Any]
 ) -> tuple[Figures, tuple[int, ...]]:
     transport = ClientConfig(link=LinkSpec(rtt=rtt) if rtt else None)
     measured = await round_trip(addresses[0], transport)
@@ -169,8 +173,8 @@ async def measure(
         prompt: str | list[int] = PROMPT if engine.tokenizer is not None else [2, *range(5, 50)]
         await engine.generate(prompt, max_tokens=4, ignore_eos=True)
         if way.streams > 1:
-            return await several_replies(engine, prompt, arguments.tokens)
-        return await one_reply(engine, prompt, arguments.tokens, measured)
+            return await several_replies(engine, prompt, tokens, sampling)
+        return await one_reply(engine, prompt, measured, tokens, sampling)
 
 
 def median(rounds: list[Figures]) -> Figures:
@@ -191,10 +195,14 @@ def run(arguments: argparse.Namespace, model: Path, drafter: str | None) -> dict
         ]
         for rtt in arguments.rtt.split(","):
             rounds: dict[str, list[Figures]] = {way.name: [] for way in columns}
-            expected: tuple[int, ...] = ()
-            for _ in range(arguments.rounds):
+            for number in range(arguments.rounds):
+                expected: tuple[int, ...] = ()
+                sampling = {"temperature": arguments.temperature, "seed": number}
                 for way in columns:
-                    figures, ids = asyncio.run(measure(model, addresses, way, parse_duration(rtt), arguments))
+                    link = parse_duration(rtt)
+                    figures, ids = asyncio.run(
+                        measure(model, addresses, way, link, arguments.tokens, sampling)
+                    )
                     expected = expected or ids
                     figures.same_tokens = ids == expected
                     rounds[way.name].append(figures)
@@ -266,6 +274,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--rtt", default="0.2ms,2ms,20ms", help="round trips, separated by commas")
     parser.add_argument("--tokens", type=int, default=64, help="of each reply")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; the seed is the round's")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", help="a PNG file")
     arguments = parser.parse_args()

@@ -32,6 +32,7 @@ from splitinfer.timing import Timeline
 __all__ = ["MAX_DEPTH", "Count", "Decoder", "Depth", "check_depth", "choose_drafter"]
 
 MAX_DEPTH = INLINE_ROWS - 1  # drafts of one step
+FIRST_DEPTH = 4  # of the very first, when nothing has been measured
 
 
 def choose_drafter(setting: str, target: Gemma, model: Path) -> Callable[[], Drafter] | None:
@@ -116,7 +117,7 @@ class Depth:
         if self.fixed is not None:
             return min(self.fixed, limit)
         if not self.line.weight:
-            return min(2, limit)
+            return min(FIRST_DEPTH, limit)
         if self.idle >= self.patience:
             return min(1, limit)
         best, best_rate, expected, chain = 0, 1 / self.line.at(1), 1.0, 1.0
@@ -162,7 +163,8 @@ class Decoder:
     """Continues one sequence, a step at a time, with a drafter or (None) without.
 
     `ids` are all its tokens so far; whoever owns the sequence appends to it what `step` returns. `hidden`
-    [1, H] is the model's final hidden state of the last token that is in `cache`.
+    [1, H] is the model's final hidden state of the last token that is in `cache`. Sequences that run on the
+    same machines with the same drafter may share a `depth`, and so what was learned about both.
     """
 
     def __init__(
@@ -174,8 +176,8 @@ class Decoder:
         *,
         sampler: Sampler,
         timeline: Timeline,
-        drafter: Drafter | None = None,
-        depth: int | None = None,
+        drafter: Drafter | None,
+        depth: Depth,
     ) -> None:
         self._seat = seat
         self._cache = cache
@@ -185,7 +187,7 @@ class Decoder:
         self._sampler = sampler
         self._timeline = timeline
         self._drafter = drafter
-        self._depth = Depth(depth)
+        self._depth = depth
         self.count = Count()
 
     def first(self, logits: Tensor) -> int:

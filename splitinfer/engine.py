@@ -15,7 +15,7 @@ import torch
 
 from splitinfer.batching import Batcher
 from splitinfer.dispatch import NodeInfo, RemoteExperts
-from splitinfer.drafting import Count, Decoder, check_depth, choose_drafter
+from splitinfer.drafting import Count, Decoder, Depth, check_depth, choose_drafter
 from splitinfer.engine_config import EngineConfig, known_options
 from splitinfer.errors import UsageError
 from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
@@ -79,7 +79,7 @@ class AsyncEngine:
         self._experts: RemoteExperts | None = None
         self._gemma: Gemma | None = None
         self._spans: list[Span] | None = None if self.settings.trace is None else []
-        self._draft_depth = check_depth(self.settings.draft_depth)
+        self._depth = Depth(check_depth(self.settings.draft_depth))
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -236,7 +236,7 @@ class AsyncEngine:
                 sampler=sampler,
                 timeline=timeline,
                 drafter=drafter,
-                depth=self._draft_depth,
+                depth=self._depth,
             )
         finally:
             seat.leave()

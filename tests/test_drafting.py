@@ -187,7 +187,7 @@ def test_sampled_frequencies_follow_the_distribution(checkpoint: Path) -> None:
                 sampler = Sampler(SamplingParams(seed=seed, **params))
                 decoder = Decoder(
                     Batcher(engine.model).seat(), cache, [*ids], state,
-                    sampler=sampler, timeline=Timeline(), drafter=Scripted([0, 1, 2], 0), depth=1,
+                    sampler=sampler, timeline=Timeline(), drafter=Scripted([0, 1, 2], 0), depth=Depth(1),
                 )  # fmt: skip
                 decoder._ids.append(11)
                 found[(await decoder.step(2))[0]] += 1
