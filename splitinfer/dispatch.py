@@ -27,10 +27,10 @@ from splitinfer.errors import (
     Overloaded,
     PlacementError,
     RemoteProtocolError,
-    TransportError,
 )
 from splitinfer.fanout import Owner, Partial, Rows, Share, add_partials, divide, divide_by
-from splitinfer.placement import Columns, Holding, Placement, format_ranges
+from splitinfer.lost_nodes import gone, late, naming, still_holds
+from splitinfer.placement import Columns, Holding, Placement
 from splitinfer.timing import Timeline
 
 __all__ = ["NodeInfo", "RemoteExperts"]
@@ -138,10 +138,10 @@ class RemoteExperts:
         try:
             for address, failure in zip(unique, opened, strict=True):
                 if isinstance(failure, BaseException):
-                    raise _naming(address, failure)
+                    raise naming(address, failure)
             holdings = [(a, Holding.from_info(channel.info, a)) for a, channel in channels.items()]
             for address, holding in holdings:
-                channels[address].on_info = partial(_still_holds, holding, address)
+                channels[address].on_info = partial(still_holds, holding, address)
             placement = Placement.plan(
                 holdings,
                 layers=layers,
@@ -288,7 +288,7 @@ class RemoteExperts:
                     try:
                         reply = await call.answer
                     except DeadlineExceeded as error:
-                        raise self._late(call, layer) from error
+                        raise self._silent(call, layer) from error
                     except (LinkError, Overloaded) as error:
                         lost.append((call, error))
                         continue
@@ -315,25 +315,15 @@ class RemoteExperts:
             timeline.add("combine", layer, end, perf_counter())
         return total
 
-    def _late(self, call: _Call, layer: int) -> DeadlineExceeded | PlacementError:
-        address = self.placement.addresses[call.share.node]
-        if not self._channels[call.share.node].connected:
-            return self._gone(call, layer)
-        return DeadlineExceeded(
-            f"node {address} gave no answer for layer {layer} within {self._timeout:g} s",
-            timeout=self._timeout,
-            peer=address,
-            remedy=f"See whether the node at {address} runs and is not overloaded, or raise --timeout.",
-        )
+    def _asked(self, call: _Call) -> tuple[str, set[int]]:
+        """The node's address, and the experts that it was asked for."""
+        return self.placement.addresses[call.share.node], set(call.share.experts.ravel().tolist()) - {-1}
 
-    def _gone(self, call: _Call, layer: int) -> PlacementError:
-        address = self.placement.addresses[call.share.node]
-        experts = format_ranges(set(call.share.experts.ravel().tolist()) - {-1})
-        return PlacementError(
-            f"node {address} is gone and nobody else holds its experts of layer {layer}",
-            gaps=(f"layer {layer}: experts {experts}",),
-            remedy=f"Restart the node at {address}, or start a replica and name it in --nodes.",
-        )
+    def _silent(self, call: _Call, layer: int) -> DeadlineExceeded | PlacementError:
+        address, experts = self._asked(call)
+        if not self._channels[call.share.node].connected:
+            return gone(address, experts, layer)
+        return late(address, layer, self._timeout)
 
     def _partial(self, call: _Call, reply: transport.Reply, wire: Rows) -> Partial:
         """The answer, checked against what was asked."""
@@ -377,32 +367,11 @@ class RemoteExperts:
             # Some expert has no holder left: the lost node gets another chance, until the deadline.
             if perf_counter() + RETRY_PAUSE >= deadline:
                 call, error = lost[0]
-                raise self._gone(call, layer) from error
+                raise gone(*self._asked(call), layer) from error
             await asyncio.sleep(RETRY_PAUSE)
         # In float32, as partial sums are, whatever was asked before: rounded once, here.
         shares = [share for owner in owners for share in divide_by(owner, wire)]
         return self._send(layer, shares, "float32", deadline)
-
-
-def _naming(address: str, error: BaseException) -> BaseException:
-    """The error of one connection among several, saying which: a parser of bytes does not know its peer."""
-    if isinstance(error, TransportError) and address not in str(error):
-        error.args = (f"{address}: {error}",)
-        error.peer = address
-    return error
-
-
-def _still_holds(before: Holding, address: str, info: dict[str, Any]) -> None:
-    """A node that came back must hold what it held: the placement was made from it."""
-    now = Holding.from_info(info, address)
-    if now != before:
-        same_model = now.fingerprint == before.fingerprint
-        what = str(now) if same_model else f"another model ({now.fingerprint[:12]})"
-        raise PlacementError(
-            f"node {address} came back holding {what}, not {before}",
-            conflicts=(f"{address}: {now}",),
-            remedy="Restart the node as it was, or open the engine again.",
-        )
 
 
 def _name(dtype: torch.dtype) -> str:
