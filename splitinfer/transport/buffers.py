@@ -43,8 +43,9 @@ class BufferPool:
             block = self._free[size].pop()
         except (KeyError, IndexError):
             block = _allocate(size)
-        # The view is the lent thing: memoryviews of it, and whatever is made from them, refer to it.
-        view = block[:nbytes]
+        # This array is the lent thing: memoryviews of it, and whatever is made from them, refer to it. Made
+        # through a memoryview, because numpy lets an array made from a slice refer past it, to `block`.
+        view = np.frombuffer(block.data[:nbytes], np.uint8)
         reference = weakref.ref(view, self._returned)
         self._lent[id(reference)] = (reference, block)
         return view.data

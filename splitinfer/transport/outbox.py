@@ -39,8 +39,6 @@ Piece: TypeAlias = "bytes | memoryview"
 
 # One copy of a body up to this size costs less than a longer list of pieces for the kernel.
 JOIN_NBYTES: Final = 16 * 1024
-# A peer accepts at least this much meta; of more, and of less in `limits`, the careful way takes care.
-_PLAIN_META: Final = 4096
 
 
 class Codec(Protocol):
@@ -162,7 +160,11 @@ class Outbox:
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             self._send_carefully(kind, id, method, tensors, meta, value)
             return
-        if self._bulk or len(packed) > _PLAIN_META or (not bare and len(frame) != aligned(size) + nbytes):
+        if (
+            self._bulk
+            or len(packed) > self.limits.max_meta
+            or (not bare and len(frame) != aligned(size) + nbytes)
+        ):
             self._send_carefully(kind, id, method, tensors, meta, value)
         else:
             self.nbytes += len(frame)
@@ -186,8 +188,8 @@ class Outbox:
         if self.codec is not None and nbytes >= self.codec.min_nbytes:
             table, nbytes = self._encode(self.codec, method, specs, datas, body)
         else:
-            for data in datas:
-                body += data, ZEROS[-len(data) & 63]
+            for spec, data in zip(specs, datas, strict=True):
+                body += data, ZEROS[-spec.nbytes & 63]
             if nbytes <= JOIN_NBYTES and len(table) <= REMEMBERED_NBYTES:
                 self._remember(method, tensors, table, specs)
         if sum(map(len, body)) != nbytes:

@@ -100,9 +100,6 @@ class Link:
         except BlockingIOError:
             self._writing = True
             self._loop.add_writer(self._fd, self._writable)
-            if self.connection.role == "server" and self.connection.choked:
-                self._paused = True
-                self._loop.remove_reader(self._fd)
         except OSError as error:
             # Not from within the owner's own call: it hears of it in the next turn of the loop.
             self._loop.call_soon(self.abort, _lost(error, self.connection.peer))
@@ -145,6 +142,11 @@ class Link:
             self._on_message(message)
         if self._outbox.nbytes:
             self.flush()
+            if self._writing and self.connection.choked and self.connection.role == "server":
+                # Answers pile up that the client does not read: take no more calls. A client goes on reading,
+                # so that the two never wait for each other.
+                self._paused = True
+                self._loop.remove_reader(self._fd)
         return nbytes == len(buffer) or (self._tls is not None and self._tls.more)
 
     def _read_rest(self) -> None:

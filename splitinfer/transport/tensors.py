@@ -167,9 +167,11 @@ def data_of(array: Array) -> memoryview:
         tensor = array.detach()
         if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
             tensor = tensor.resolve_conj().resolve_neg().contiguous()
-        if not tensor.dim():
-            tensor = tensor.view(1)
-        return memoryview(tensor.view(torch.uint8).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+        if not tensor.numel():
+            return memoryview(b"")
+        # One dimension of step 1, which a contiguous tensor with a dimension of size 1 need not have.
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+        return memoryview(flat.view(torch.uint8).numpy()).cast("B")
     raise LocalProtocolError(
         f"a {type(array).__name__} cannot be sent", remedy="Send numpy arrays or torch CPU tensors."
     )
