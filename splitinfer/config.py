@@ -47,6 +47,8 @@ def _texts(raw: object) -> tuple[str, ...]:
         if not isinstance(part, str):
             raise ValueError
         names += [name.strip() for name in part.split(",") if name.strip()]
+    if parts and not names:
+        raise ValueError  # "," is a slip of the pen: it must not quietly mean none
     return tuple(names)
 
 

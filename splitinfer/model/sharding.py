@@ -183,9 +183,15 @@ def write_shard(
     """Writes the shard into `directory` and returns its manifest; files that an earlier run finished stay.
 
     `progress` is told, file by file, what was written. Raises UsageError where the directory holds another
-    shard, CapacityError where the disk is too small.
+    shard or cannot be made, CapacityError where the disk is too small.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{directory} cannot be made: {(error.strerror or str(error)).lower()}",
+            remedy="Name another directory with -o.",
+        ) from None
     done = _earlier(plan.manifest, directory)
     missing = sum(file.nbytes for file in plan.files if file.name not in done)
     free = os.statvfs(directory)

@@ -108,6 +108,11 @@ def test_ranges(cli: Cli, tiny: Path, flags: list[str], says: str) -> None:
     check(cli("node", str(tiny), *flags), 2, says)
 
 
+def test_a_shard_where_none_can_be(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check(cli("shard", str(tiny), "-o", "file/shard"), 2, "file/shard cannot be made")
+
+
 def test_port_in_use(cli: Cli, tiny: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -128,7 +133,7 @@ def test_node_absent(cli: Cli, tiny: Path) -> None:
     check(ask(cli, tiny, "--nodes", address), 1, f"nobody answers at {address}: connection refused")
 
 
-@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:x", "127.0.0.1:99999"])
+@pytest.mark.parametrize("address", [",", "nowhere", "127.0.0.1:x", "127.0.0.1:99999"])
 def test_an_address_that_is_none(cli: Cli, tiny: Path, address: str) -> None:
     check(ask(cli, tiny, "--nodes", address), 2, address)
 
