@@ -179,6 +179,7 @@ def _print_table(settings: Settings, figures: Mapping[str, CallFigures]) -> None
         f"with the nodes' arithmetic: {decode.with_arithmetic:.1f} tokens/s in decode, "
         f"{prefill.with_arithmetic:.0f} in prefill",
         markup=False,
+        soft_wrap=True,
     )
 
 
