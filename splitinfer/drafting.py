@@ -46,6 +46,11 @@ def choose_drafter(setting: str, target: Gemma, model: Path) -> Callable[[], Dra
     if setting == "lookup":
         return PromptLookup
     if setting != "auto":
+        if not Path(setting).expanduser().exists():
+            raise UsageError(
+                f"--draft {setting!r} is neither a folder nor one of auto, off, lookup",
+                remedy="Name a drafter's folder, or choose one of these.",
+            )
         return open_drafter(setting, target)
     companion = model.parent / "drafter" if model.name == "target" else model / "assistant"
     return open_drafter(companion, target) if (companion / "config.json").is_file() else PromptLookup

@@ -135,6 +135,11 @@ class AsyncEngine:
         format = settings.quant_config().experts
         if self._addresses:
             return local_layers(self.checkpoint, settings.local_layers, settings.local_memory, dtype, format)
+        if settings.local_layers is not None or settings.local_memory is not None:
+            raise UsageError(
+                "--local-layers and --local-memory say what stays here beside nodes, and there are none",
+                remedy="Leave them out, or name nodes with --nodes.",
+            )
         layers = tuple(range(self.config.num_hidden_layers if self.config.enable_moe_block else 0))
         held = dict.fromkeys(layers, range(self.config.num_experts))
         return LocalExperts(ExpertBank(self.checkpoint, held, dtype=dtype, format=format)), layers

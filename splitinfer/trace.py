@@ -46,8 +46,11 @@ def trace_events(spans: Sequence[Span], nodes: Iterable[str] = ()) -> dict[str, 
 
 def check_trace(path: str | Path) -> None:
     """See that a trace can be written there, before anything has run for it. Raises UsageError."""
+    existed = Path(path).exists()
     try:
         Path(path).open("a").close()
+        if not existed:  # what fails before the run leaves nothing behind
+            Path(path).unlink()
     except OSError as error:
         raise UsageError(
             f"--trace {path}: {error.strerror}", remedy="Name a file in a folder that can be written to."

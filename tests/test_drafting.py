@@ -14,7 +14,7 @@ import torch
 from splitinfer import AsyncEngine, Completion
 from splitinfer.batching import Batcher
 from splitinfer.drafting import MAX_DEPTH, Decoder, Depth, check_depth
-from splitinfer.errors import CheckpointError, UsageError
+from splitinfer.errors import UsageError
 from splitinfer.model.drafter import Context
 from splitinfer.model.native import kernels
 from splitinfer.model.sampling import Sampler, SamplingParams
@@ -163,7 +163,7 @@ def test_a_model_comes_with_its_drafter(tmp_path: Path) -> None:
 
     assert asyncio.run(drafted()) > 0
     assert asyncio.run(drafted(draft="off")) == 0
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(UsageError, match="nowhere"):
         asyncio.run(drafted(draft="nowhere"))
 
 

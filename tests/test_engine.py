@@ -164,6 +164,9 @@ def test_what_cannot_be_done_is_refused(
         ({"context": 0}, "context of 0"),
         ({"dtype": "float16"}, "float16"),
         ({"colour": "red"}, "no option 'colour'"),
+        ({"draft": "nonsense"}, "--draft 'nonsense'"),
+        ({"local_layers": "0-1"}, "there are none"),
+        ({"local_memory": "1GiB"}, "there are none"),
     ],
 )
 def test_settings_are_checked(with_text: Path, settings: dict[str, Any], message: str) -> None:

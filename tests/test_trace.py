@@ -13,7 +13,7 @@ import pytest
 from splitinfer import AsyncEngine
 from splitinfer.errors import UsageError
 from splitinfer.timing import Span
-from splitinfer.trace import trace_events
+from splitinfer.trace import check_trace, trace_events
 from tests.checkpoints import write_checkpoint
 from tests.test_split import addresses, running
 
@@ -73,3 +73,11 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> Non
 
     with pytest.raises(UsageError, match=r"--trace .*No such file"):
         asyncio.run(run())
+
+
+def test_looking_leaves_no_file_behind(tmp_path: Path) -> None:
+    check_trace(tmp_path / "trace.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "kept.json").write_text("before")
+    check_trace(tmp_path / "kept.json")
+    assert (tmp_path / "kept.json").read_text() == "before"

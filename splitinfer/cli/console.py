@@ -82,6 +82,8 @@ def report(error: BaseException, *, debug: bool) -> int:
         traceback.print_exception(error)
     if isinstance(error, SplitinferError):
         message, remedy, code = str(error), error.remedy, error.exit_code
+    elif isinstance(error, OSError) and error.filename is not None:
+        message, remedy, code = f"{error.filename}: {error.strerror}", "", 1
     else:
         message, code = f"{type(error).__name__}: {error}".removesuffix(": "), 1
         remedy = "" if debug else "This is unexpected: run it again with --debug to see where it happened."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from splitinfer.cli.console import busy, human_size, plain, run, screen
+from splitinfer.cli.console import busy, human_size, plain, report, run, screen
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,9 @@ def test_plain_is_what_json_knows() -> None:
         names: dict[str, tuple[float, ...]]
 
     assert plain(Outer(Inner((1, 2)), {"a": (0.5,)})) == {"inner": {"ids": [1, 2]}, "names": {"a": [0.5]}}
+
+
+def test_an_error_of_the_operating_system_names_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    error = FileExistsError(17, "File exists", "some/file")
+    assert report(error, debug=False) == 1
+    assert capsys.readouterr().err == "error: some/file: File exists\n"
