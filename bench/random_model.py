@@ -22,7 +22,7 @@ from splitinfer.model.gemma import Gemma
 from splitinfer.model.quantize import Packed, QuantConfig, packed_shapes
 from splitinfer.model.weights import expected_tensors
 
-__all__ = ["RandomCheckpoint", "active_nbytes", "load"]
+__all__ = ["RandomCheckpoint", "active_nbytes", "active_weights", "load"]
 
 
 class RandomCheckpoint:
@@ -101,3 +101,14 @@ def active_nbytes(model: Gemma, bank: ExpertBank) -> int:
     config = model.config
     share = config.top_k_experts / config.num_experts
     return int(bank.nbytes * share) + model.nbytes
+
+
+def active_weights(model: Gemma) -> int:
+    """Weights of the layers that meet one token: attention, dense network, router and the chosen experts."""
+    config, total = model.config, 0
+    for name, shape in expected_tensors(config):
+        if len(shape) == 3:
+            total += config.top_k_experts * shape[1] * shape[2]
+        elif len(shape) == 2 and name.startswith("layers."):
+            total += shape[0] * shape[1]
+    return total

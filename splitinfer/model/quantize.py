@@ -26,6 +26,7 @@ __all__ = [
     "BLOCK",
     "FORMATS",
     "GROUP",
+    "QUANT_PARTS",
     "Packed",
     "QuantConfig",
     "format_of",
