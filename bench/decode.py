@@ -32,7 +32,7 @@ from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.model.quantize import QuantConfig
 from splitinfer.timing import Timeline
 
-PHASES = ("attention", "router", "dense", "experts", "combine", "head")
+PHASES = ("attention", "dense", "experts", "combine", "head")
 
 
 def read_bandwidth() -> float:

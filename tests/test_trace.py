@@ -49,7 +49,7 @@ def test_a_run_over_two_nodes(tmp_path: Path) -> None:
     pids = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
     assert set(pids) == {"client", f"node {first}", f"node {second}"}
     shown = [e for e in events if e["ph"] == "X"]
-    phases = ("attention", "router", "dispatch", "dense", "network", "experts", "combine")
+    phases = ("attention", "dispatch", "dense", "network", "experts", "combine")
     for phase in phases:
         layers = [e["args"]["layer"] for e in shown if e["pid"] == pids["client"] and e["name"] == phase]
         per_layer = 2 if phase == "combine" else 1  # the nodes' answers, and these with the dense network's

@@ -35,7 +35,6 @@ PROMPT = "import os\n\ndef copy_file("
 # Columns of the table: a colour, and the phases of `splitinfer.timing` that they add up.
 COLUMNS = {
     "attention": ("cyan", ("attention",)),
-    "router": ("blue", ("router",)),
     "dense": ("magenta", ("dense",)),
     "dispatch": ("white", ("dispatch", "combine")),
     "network": ("yellow", ("network",)),

@@ -28,7 +28,8 @@ from splitinfer.model.front import Front
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import Packed, QuantConfig, format_of, natural_format, quantize
-from splitinfer.model.rows import row_ops
+from splitinfer.model.row_kernels import row_ops
+from splitinfer.model.rows import Routing
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
@@ -43,13 +44,13 @@ class Segment(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What the router hands on: the residual and both branches' inputs [rows, H], the choice [rows, K]."""
+    """What the router hands on: the residual and both branches' inputs [rows, H], and the choice: index and
+    weights [rows, K]. The last two are None in a model without experts."""
 
     residual: Tensor
     dense_input: Tensor
-    expert_input: Tensor
-    top_k_index: Tensor
-    top_k_weights: Tensor
+    expert_input: Tensor | None
+    chosen: tuple[Tensor, Tensor] | None
 
 
 class _Part(NamedTuple):
@@ -144,13 +145,13 @@ class _Attention:
         self.output = weights.linear(weights.quant.attention, "self_attn.o_proj")
         self.kernels = kernels() if weights.device.type == "cpu" and weights.dtype in DTYPES else None
         self.ops = row_ops(weights.device, weights.dtype)
+        self.norm = weights.scale("input_layernorm")
 
     def __call__(self, x: Tensor, step: _Step) -> Tensor:
-        """x [rows, H] to [rows, H]; appends to every part's cache."""
-        projected = self.projections(x, torch.float32)  # N + V + V heads, or N + V where keys are values
-        # Values have a norm without weight and are not turned; with k_eq_v they come from the key projection.
-        turned, values = self.ops.heads(
-            projected, self.qk_scale, self.kv_heads, *step.rotations[self.kind], self.eps, x.dtype
+        """x [rows, H] to [rows, N * D], before the output projection; appends to every part's cache."""
+        # N + V + V heads, or N + V where keys are values; these have a norm without weight and do not turn.
+        turned, values = self.ops.attention_in(
+            x, self.norm, self.eps, self.projections, self.qk_scale, self.kv_heads, *step.rotations[self.kind]
         )
         attended = []
         for part in step.parts:
@@ -165,34 +166,7 @@ class _Attention:
                 attended.append(self.kernels.attend(queries, keys, seen_values, self.window))
             else:
                 attended.append(attend(queries, keys, seen_values, part.blocks[self.kind]))
-        return self.output(attended[0] if len(attended) == 1 else torch.cat(attended))
-
-
-class _Mlp:
-    """The gated feed-forward network that every row passes."""
-
-    def __init__(self, weights: _Weights) -> None:
-        self.gate_up = weights.linear(weights.quant.dense, "mlp.gate_proj", "mlp.up_proj")
-        self.down = weights.linear(weights.quant.dense, "mlp.down_proj")
-        self.ops = row_ops(weights.device, weights.dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.ops.gated(self.gate_up(x, torch.float32)), x.dtype)
-
-
-class _Router:
-    """Chooses K experts per row. In float32 throughout: a rounding here would choose another expert."""
-
-    def __init__(self, weights: _Weights, config: ModelConfig) -> None:
-        self.top_k = config.top_k_experts
-        self.scale = weights.plain("router.scale", torch.float32) * config.hidden_size**-0.5
-        self.proj = weights.exact("router.proj")  # [E, H]
-        self.per_expert_scale = weights.plain("router.per_expert_scale", torch.float32)
-        self.ops = row_ops(weights.device, weights.dtype)
-
-    def __call__(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """normed [rows, H] float32 (RMS norm, times `scale`) to index and weights, both [rows, K]."""
-        return self.ops.choose(self.proj(normed), self.top_k, self.per_expert_scale)
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 class _Layer:
@@ -202,53 +176,55 @@ class _Layer:
         self.index = layer
         self.eps = config.rms_norm_eps
         self.attention = _Attention(weights, config, layer)
-        self.mlp = _Mlp(weights)
+        self.gate_up = weights.linear(weights.quant.dense, "mlp.gate_proj", "mlp.up_proj")
+        self.down = weights.linear(weights.quant.dense, "mlp.down_proj")
         self.ops = row_ops(weights.device, weights.dtype)
-        self.input_scale = weights.scale("input_layernorm")
         self.post_attention_scale = weights.scale("post_attention_layernorm")
         self.post_feedforward_scale = weights.scale("post_feedforward_layernorm")
         self.scalar = float(weights.plain("layer_scalar", torch.float32))
         self.dense_scale = weights.scale("pre_feedforward_layernorm")
+        self.dense_out_scale: Tensor | None = None
         self.expert_scale: Tensor | None = None
-        self.router: _Router | None = None
+        self.expert_out_scale: Tensor | None = None
+        self.routing: Routing | None = None
         if config.enable_moe_block:
-            self.router = _Router(weights, config)
-            self.expert_scale = weights.scale("pre_feedforward_layernorm_2")
             self.dense_out_scale = weights.scale("post_feedforward_layernorm_1")
+            self.expert_scale = weights.scale("pre_feedforward_layernorm_2")
             self.expert_out_scale = weights.scale("post_feedforward_layernorm_2")
+            self.routing = Routing(
+                weights.plain("router.scale", torch.float32) * config.hidden_size**-0.5,
+                weights.exact("router.proj"),
+                config.top_k_experts,
+                weights.plain("router.per_expert_scale", torch.float32),
+            )
 
-    def attend(self, x: Tensor, step: _Step) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """x after attention, and the inputs of the dense network, the experts and the router (float32).
+    def route(self, x: Tensor, step: _Step) -> Routed:
+        """Attention, the choice of experts, and the inputs of both branches.
 
         The reference has three norms here that differ only in their weights.
         """
-        attended = self.attention(self.ops.norm(x, self.input_scale, self.eps, x.dtype), step)
-        return self.ops.residual(
-            x,
+        start = perf_counter()
+        attended = self.attention(x, step)
+        x, dense_input, expert_input, chosen = self.ops.attention_out(
             attended,
+            self.attention.output,
+            x,
             self.post_attention_scale,
             self.eps,
             self.dense_scale,
             self.expert_scale,
-            None if self.router is None else self.router.scale,
+            self.routing,
         )
-
-    def route(self, x: Tensor, router: _Router, step: _Step) -> Routed:
-        start = perf_counter()
-        x, dense_input, expert_input, normed = self.attend(x, step)
-        assert expert_input is not None
-        start = step.record("attention", self.index, start)
-        index, weights = router(normed)
-        step.record("router", self.index, start)
-        return Routed(x, dense_input, expert_input, index, weights)
+        step.record("attention", self.index, start)
+        return Routed(x, dense_input, expert_input, chosen)
 
     def dense(self, x: Tensor, step: _Step) -> Tensor:
         start = perf_counter()
-        x = self.ops.norm(self.mlp(x), self.dense_out_scale, self.eps, x.dtype)
+        x = self.ops.mlp(x, self.gate_up, self.down, self.dense_out_scale, self.eps)
         step.record("dense", self.index, start)
         return x
 
-    def combine(self, residual: Tensor, dense: Tensor, moe: Tensor, step: _Step) -> Tensor:
+    def combine(self, residual: Tensor, dense: Tensor, moe: Tensor | None, step: _Step) -> Tensor:
         start = perf_counter()
         x = self.ops.combine(
             residual, dense, moe, self.expert_out_scale, self.post_feedforward_scale, self.eps, self.scalar
@@ -258,13 +234,8 @@ class _Layer:
 
     def without_experts(self, x: Tensor, step: _Step) -> Tensor:
         """The whole layer of a model that has no mixture of experts."""
-        start = perf_counter()
-        x, dense_input, _, _ = self.attend(x, step)
-        start = step.record("attention", self.index, start)
-        mlp = self.mlp(dense_input)
-        x = self.ops.combine(x, mlp, None, None, self.post_feedforward_scale, self.eps, self.scalar)
-        step.record("dense", self.index, start)
-        return x
+        to = self.route(x, step)
+        return self.combine(to.residual, self.dense(to.dense_input, step), None, step)
 
 
 class Gemma:
@@ -326,14 +297,9 @@ class Gemma:
         """Bytes of the matrices that every token's pass and logits read: all but experts and embeddings."""
         linears = [self._head]
         for layer in self._layers:
-            linears += [
-                layer.attention.projections,
-                layer.attention.output,
-                layer.mlp.gate_up,
-                layer.mlp.down,
-            ]
-            if layer.router is not None:
-                linears.append(layer.router.proj)
+            linears += [layer.attention.projections, layer.attention.output, layer.gate_up, layer.down]
+            if layer.routing is not None:
+                linears.append(layer.routing.proj)
         return sum(linear.nbytes for linear in linears)
 
     def new_cache(self) -> KVCache:
@@ -385,15 +351,15 @@ class Gemma:
 
     async def _layer(self, layer: _Layer, x: Tensor, step: _Step) -> Tensor:
         rows = len(x)
-        if layer.router is None or self.experts is None:
+        if self.experts is None:
             x = await compute(rows, layer.without_experts, x, step)
             step.leave(layer.index)
             return x
-        to = await compute(rows, layer.route, x, layer.router, step)
+        to = await compute(rows, layer.route, x, step)
+        assert to.expert_input is not None
+        assert to.chosen is not None
         step.leave(layer.index)
-        routed = self.experts.dispatch(
-            layer.index, to.expert_input, to.top_k_index, to.top_k_weights, step.timeline
-        )
+        routed = self.experts.dispatch(layer.index, to.expert_input, *to.chosen, step.timeline)
         try:
             dense = await compute(rows, layer.dense, to.dense_input, step)
         except BaseException:

@@ -38,11 +38,16 @@ class Linear:
         self.nbytes = sum(part.nbytes for part in parts)
         self._device = torch.device(device)
         self._kernels: Kernels | None = kernels() if self._device.type == "cpu" else None
-        self._matrices = (Matrix * len(parts))(*map(matrix_of, parts))
+        self.matrices = (Matrix * len(parts))(*map(matrix_of, parts))
         self._fallback: list[_TorchLinear] = []
         # The kernels prepare rows once for all matrices, and int4 wants them otherwise.
         mixed = len({part.format == "int4" for part in parts}) > 1
         self._apart = [Linear(part, device=device) for part in parts] if mixed else []
+
+    @property
+    def fuses(self) -> bool:
+        """Whether `matrices` may be given to a kernel that does more than this product."""
+        return self._kernels is not None and not self._apart
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """The result has x's dtype, or `out_dtype` if given: float32 spares a rounding."""
@@ -56,7 +61,7 @@ class Linear:
         if x.dtype not in DTYPES:
             return self(x.float()).to(out_dtype or x.dtype)
         out = torch.empty((len(x), self.out_features), dtype=out_dtype or x.dtype)
-        return self._kernels.product(self._matrices, x.contiguous(), out)
+        return self._kernels.product(self.matrices, x.contiguous(), out)
 
 
 class _TorchLinear:

@@ -239,7 +239,7 @@ def test_timeline_has_every_phase_of_every_layer(tiny: Gemma) -> None:
     timeline = Timeline(spans=[])
     hidden = asyncio.run(tiny.forward([Segment(prompt(3), tiny.new_cache())], timeline=timeline))
     tiny.logits(hidden, timeline=timeline)
-    phases = ("attention", "router", "dense", "experts", "combine")
+    phases = ("attention", "dense", "experts", "combine")
     layers = range(tiny.config.num_hidden_layers)
     assert set(timeline.seconds) == {(p, n) for p in phases for n in layers} | {("head", -1)}
     assert all(span.end >= span.start for span in timeline.spans or [])

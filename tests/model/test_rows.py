@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from splitinfer.model.linear import Linear
 from splitinfer.model.native import kernels
-from splitinfer.model.rows import RowOps, TorchRows, row_ops
+from splitinfer.model.quantize import quantize
+from splitinfer.model.row_kernels import row_ops
+from splitinfer.model.rows import Routing, TorchRows
 
 BUILT = kernels()
 needs_kernels = pytest.mark.skipif(BUILT is None, reason="the kernels could not be built here")
@@ -18,12 +21,12 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(params=["kernels", "torch"])
-def ops(request: pytest.FixtureRequest) -> RowOps:
+def ops(request: pytest.FixtureRequest) -> TorchRows:
     if request.param == "torch":
         return TorchRows()
     if BUILT is None:
         pytest.skip("the kernels could not be built here")
-    return BUILT.rows
+    return row_ops(torch.device("cpu"), torch.float32)
 
 
 def norm(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -39,7 +42,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("n", [5, 16, 48, 70])
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms(ops: RowOps, rows: int, n: int, dtype: torch.dtype) -> None:
+def test_norms(ops: TorchRows, rows: int, n: int, dtype: torch.dtype) -> None:
     x, y, moe = (draw(rows, n, seed=s).to(dtype) for s in range(3))
     a, b, c = (draw(n, seed=s) for s in range(3, 6))
     close(ops.norm(x, a, EPS, torch.float32), norm(x, a))
@@ -61,7 +64,7 @@ def test_norms(ops: RowOps, rows: int, n: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("k_eq_v", [False, True])
 @pytest.mark.parametrize("size", [6, 16, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads(ops: RowOps, size: int, k_eq_v: bool, dtype: torch.dtype) -> None:
+def test_heads(ops: TorchRows, size: int, k_eq_v: bool, dtype: torch.dtype) -> None:
     rows, queries, keys = 3, 4, 2
     projected = draw(rows, (queries + keys * (1 if k_eq_v else 2)) * size)
     weight, angles = draw(queries + keys, size), draw(rows, size // 2)
@@ -78,13 +81,13 @@ def test_heads(ops: RowOps, size: int, k_eq_v: bool, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("n", [3, 16, 45])
-def test_gated(ops: RowOps, n: int) -> None:
+def test_gated(ops: TorchRows, n: int) -> None:
     x = 4 * draw(5, 2 * n)
     gate, up = x.double().chunk(2, -1)
     close(ops.gated(x), torch.nn.functional.gelu(gate, approximate="tanh") * up)
 
 
-def test_gelu_at_its_ends(ops: RowOps) -> None:
+def test_gelu_at_its_ends(ops: TorchRows) -> None:
     """No overflow on the way: 0 far below, x far above."""
     gate = torch.tensor([[-1e4, -50.0, -10.0, 0.0, 10.0, 50.0, 1e4, 1e10]])
     found = ops.gated(torch.cat((gate, torch.ones_like(gate)), -1))
@@ -93,7 +96,7 @@ def test_gelu_at_its_ends(ops: RowOps) -> None:
 
 
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (11, 3), (128, 8), (5, 5)])
-def test_choose(ops: RowOps, experts: int, k: int) -> None:
+def test_choose(ops: TorchRows, experts: int, k: int) -> None:
     scores, scale = draw(6, experts), draw(experts)
     index, weights = ops.choose(scores, k, scale)
     best, expected = scores.double().topk(k)
@@ -103,16 +106,17 @@ def test_choose(ops: RowOps, experts: int, k: int) -> None:
 
 @needs_kernels
 def test_choose_takes_the_first_of_equals_and_numbers_before_nan() -> None:
-    assert BUILT is not None
     scores = torch.tensor([[1.0, 2.0, 2.0, 1.0], [torch.nan, 0.0, torch.nan, -1.0]])
-    assert BUILT.rows.choose(scores, 3, torch.ones(4))[0].tolist() == [[1, 2, 0], [1, 3, 0]]
+    assert row_ops(torch.device("cpu"), torch.float32).choose(scores, 3, torch.ones(4))[0].tolist() == [
+        [1, 2, 0],
+        [1, 3, 0],
+    ]
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_see_their_neighbours(dtype: torch.dtype) -> None:
-    assert BUILT is not None
-    ops = BUILT.rows
+    ops = row_ops(torch.device("cpu"), dtype)
     x, y, a = draw(40, 70).to(dtype), draw(40, 70, seed=1).to(dtype), draw(70)
     whole = ops.residual(x, y, a, EPS, a, a, a)
     for row in (0, 17, 39):
@@ -126,6 +130,48 @@ def test_rows_do_not_see_their_neighbours(dtype: torch.dtype) -> None:
 
 
 def test_where_the_kernels_are_used() -> None:
-    assert isinstance(row_ops(torch.device("meta"), torch.float32), TorchRows)
-    assert isinstance(row_ops(torch.device("cpu"), torch.float16), TorchRows)
-    assert isinstance(row_ops(torch.device("cpu"), torch.bfloat16), TorchRows) is (BUILT is None)
+    assert type(row_ops(torch.device("meta"), torch.float32)) is TorchRows
+    assert type(row_ops(torch.device("cpu"), torch.float16)) is TorchRows
+    assert (type(row_ops(torch.device("cpu"), torch.bfloat16)) is TorchRows) is (BUILT is None)
+
+
+def linear(out_features: int, in_features: int, format: str, seed: int = 0) -> Linear:
+    return Linear(quantize(draw(out_features, in_features, seed=seed) / in_features**0.5, format))
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 5, 60])
+@pytest.mark.parametrize("formats", [("int4", "int4"), ("int8", "bfloat16"), ("int4", "int8")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stretches_of_a_layer(rows: int, formats: tuple[str, str], dtype: torch.dtype) -> None:
+    """In one call what the single steps give; formats that do not go together take the single steps."""
+    fast, slow = row_ops(torch.device("cpu"), dtype), TorchRows()
+    hidden, size, queries, keys = 70, 16, 4, 2
+    parts = [linear((queries, keys, keys)[i] * size, hidden, formats[i % 2], i).parts[0] for i in range(3)]
+    projections, output = Linear(*parts), linear(hidden, queries * size, formats[0])
+    routing = Routing(draw(hidden), linear(11, hidden, "float32"), 3, draw(11))
+    x, attended = draw(rows, hidden).to(dtype), draw(rows, queries * size).to(dtype)
+    a, b, c, weight = draw(hidden), draw(hidden, seed=1), draw(hidden, seed=2), draw(queries + keys, size)
+    cos, sin = draw(rows, 1, size), draw(rows, 1, size, seed=1)
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
+    for found, expected in zip(
+        fast.attention_in(x, a, EPS, projections, weight, keys, cos, sin),
+        slow.attention_in(x, a, EPS, projections, weight, keys, cos, sin),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, **tolerance)
+    *sums, chosen = fast.attention_out(attended, output, x, a, EPS, b, c, routing)
+    *expected_sums, expected_chosen = slow.attention_out(attended, output, x, a, EPS, b, c, routing)
+    for found, expected in zip(sums, expected_sums, strict=True):
+        torch.testing.assert_close(found, expected, **tolerance)
+    assert chosen is not None
+    assert expected_chosen is not None
+    if dtype == torch.float32:
+        assert torch.equal(chosen[0], expected_chosen[0])
+        torch.testing.assert_close(chosen[1], expected_chosen[1], atol=1e-4, rtol=1e-4)
+    assert fast.attention_out(attended, output, x, a, EPS, b, None, None)[2:] == (None, None)
+    gate_up, down = linear(2 * 45, hidden, formats[0]), linear(hidden, 45, formats[1])
+    for norm in (a, None):
+        torch.testing.assert_close(
+            fast.mlp(x, gate_up, down, norm, EPS), slow.mlp(x, gate_up, down, norm, EPS), **tolerance
+        )

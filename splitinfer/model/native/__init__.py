@@ -29,7 +29,7 @@ from torch import Tensor
 
 from splitinfer.errors import CapacityError, ConfigError
 
-__all__ = ["DTYPES", "FORMAT_CODES", "Kernels", "Matrix", "RowKernels", "kernels"]
+__all__ = ["DTYPES", "FORMAT_CODES", "Kernels", "Matrix", "is_bfloat16", "kernels", "no_memory"]
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Kernels:
     """The library's functions, for contiguous CPU tensors. Callers check shapes; dtypes are checked here."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.rows = RowKernels(library)
+        self.library = library
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         self._product = library.splitinfer_product
         self._product.argtypes = [pointer, integer, pointer, integer, size, pointer, integer, integer]
@@ -73,11 +73,11 @@ class Kernels:
     def product(self, matrices: ctypes.Array[Matrix], x: Tensor, out: Tensor) -> Tensor:
         """x [rows, k] by every matrix, side by side into out [rows, sum of n]; float32 or bfloat16 each."""
         failed = self._product(
-            ctypes.addressof(matrices), len(matrices), x.data_ptr(), _bfloat16(x), len(x), out.data_ptr(),
-            _bfloat16(out), torch.get_num_threads(),
+            ctypes.addressof(matrices), len(matrices), x.data_ptr(), is_bfloat16(x), len(x), out.data_ptr(),
+            is_bfloat16(out), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
-            raise _no_memory(len(x))
+            raise no_memory(len(x))
         return out
 
     def experts(
@@ -97,12 +97,12 @@ class Kernels:
             raise TypeError(f"top_k_index is {index.dtype}, top_k_weights {weights.dtype}")
         wrong = ctypes.c_int64()
         failed = self._experts(
-            ctypes.addressof(gate_up), ctypes.addressof(down), len(gate_up), x.data_ptr(), _bfloat16(x),
-            len(x), index.data_ptr(), weights.data_ptr(), index.shape[-1], out.data_ptr(), _bfloat16(out),
+            ctypes.addressof(gate_up), ctypes.addressof(down), len(gate_up), x.data_ptr(), is_bfloat16(x),
+            len(x), index.data_ptr(), weights.data_ptr(), index.shape[-1], out.data_ptr(), is_bfloat16(out),
             ctypes.addressof(wrong), torch.get_num_threads(),
         )  # fmt: skip
         if failed == -1:
-            raise _no_memory(len(x))
+            raise no_memory(len(x))
         if failed:
             raise KeyError(wrong.value)
         return out
@@ -121,165 +121,22 @@ class Kernels:
         queries = queries.contiguous()
         failed = self._attend(
             queries.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
-            _bfloat16(queries), rows, heads, kv_heads, size, seen, keys.stride(0), window or 0,
+            is_bfloat16(queries), rows, heads, kv_heads, size, seen, keys.stride(0), window or 0,
             torch.get_num_threads(),
         )  # fmt: skip
         if failed:
-            raise _no_memory(rows)
+            raise no_memory(rows)
         return out
 
 
-class RowKernels:
-    """What happens to contiguous float32 or bfloat16 rows on the CPU between products (rows.c)."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-        self._norm = library.splitinfer_norm
-        self._norm.argtypes = [pointer, integer, size, size, pointer, real, pointer, integer, integer]
-        self._residual = library.splitinfer_residual
-        self._residual.argtypes = [
-            pointer,
-            pointer,
-            integer,
-            size,
-            size,
-            pointer,
-            real,
-            *[pointer] * 7,
-            integer,
-        ]
-        self._combine = library.splitinfer_combine
-        self._combine.argtypes = [pointer] * 3 + [integer, size, size, pointer, pointer, real, real, pointer]
-        self._combine.argtypes += [integer]
-        self._heads = library.splitinfer_heads
-        self._heads.argtypes = [pointer, *[size] * 6, pointer, pointer, pointer, real, pointer, pointer]
-        self._heads.argtypes += [integer, integer]
-        self._gated = library.splitinfer_gated
-        self._gated.argtypes = [pointer, size, size, pointer, integer]
-        self._choose = library.splitinfer_choose
-        self._choose.argtypes = [pointer, size, size, size, pointer, pointer, pointer]
-
-    def norm(self, x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
-        """RMS norm [rows, n] times `weight` [n] float32, with one rounding."""
-        rows, n = x.shape
-        out = torch.empty((rows, n), dtype=out_dtype)
-        given = None if weight is None else weight.data_ptr()
-        threads = torch.get_num_threads()
-        _done(
-            self._norm(
-                x.data_ptr(), _bfloat16(x), rows, n, given, eps, out.data_ptr(), _bfloat16(out), threads
-            )
-        )
-        return out
-
-    def residual(
-        self,
-        x: Tensor,
-        y: Tensor,
-        weight: Tensor,
-        eps: float,
-        first: Tensor,
-        second: Tensor | None,
-        third: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """x + norm(y) * weight; that sum's norm times `first`, `second`, and, float32, `third`."""
-        rows, n = x.shape
-        total, normed, one = torch.empty_like(x), torch.empty((rows, n)), torch.empty_like(x)
-        two = None if second is None else torch.empty_like(x)
-        _done(
-            self._residual(
-                x.data_ptr(), y.data_ptr(), _same(x, y), rows, n, weight.data_ptr(), eps, first.data_ptr(),
-                None if second is None else second.data_ptr(),
-                None if third is None else third.data_ptr(), total.data_ptr(), normed.data_ptr(),
-                one.data_ptr(), None if two is None else two.data_ptr(), torch.get_num_threads(),
-            )
-        )  # fmt: skip
-        return total, one, two, normed
-
-    def combine(
-        self,
-        x: Tensor,
-        dense: Tensor,
-        moe: Tensor | None,
-        moe_weight: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        scalar: float,
-    ) -> Tensor:
-        """(x + norm(dense + norm(moe) * moe_weight) * weight) * scalar; without moe: norm(dense)."""
-        rows, n = x.shape
-        out = torch.empty_like(x)
-        bfloat16 = _same(x, dense) if moe is None else _same(x, dense, moe)
-        _done(
-            self._combine(
-                x.data_ptr(), dense.data_ptr(), None if moe is None else moe.data_ptr(), bfloat16, rows, n,
-                None if moe_weight is None else moe_weight.data_ptr(), weight.data_ptr(), eps, scalar,
-                out.data_ptr(), torch.get_num_threads(),
-            )
-        )  # fmt: skip
-        return out
-
-    def heads(
-        self,
-        projected: Tensor,
-        weight: Tensor,
-        values: int,
-        cos: Tensor,
-        sin: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """Projections [rows, heads * D] float32 to normalised queries and keys [rows, N + V, D], turned, and
-        values [rows, V, D]. `weight` is [N + V, D]; the last `values` heads are the values, be they keys too.
-        """
-        rows, width = projected.shape
-        turning, size = weight.shape
-        turned = torch.empty((rows, turning, size), dtype=dtype)
-        value = torch.empty((rows, values, size), dtype=dtype)
-        _done(
-            self._heads(
-                projected.data_ptr(), rows, width, size, turning, width // size - values, values,
-                weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), eps, turned.data_ptr(), value.data_ptr(),
-                _bfloat16(turned), torch.get_num_threads(),
-            )
-        )  # fmt: skip
-        return turned, value
-
-    def gated(self, x: Tensor) -> Tensor:
-        """gelu(first half) * second half of x [rows, 2 * n] float32, to [rows, n]."""
-        rows, width = x.shape
-        out = torch.empty((rows, width // 2))
-        _done(self._gated(x.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()))
-        return out
-
-    def choose(self, scores: Tensor, k: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The k largest of scores [rows, E] float32, falling, and their softmax times scale [E]."""
-        rows, n = scores.shape
-        index = torch.empty((rows, k), dtype=torch.int64)
-        weights = torch.empty((rows, k))
-        self._choose(scores.data_ptr(), rows, n, k, scale.data_ptr(), index.data_ptr(), weights.data_ptr())
-        return index, weights
-
-
-def _done(failed: int) -> None:
-    if failed:
-        raise _no_memory(1)
-
-
-def _same(*tensors: Tensor) -> bool:
-    """Whether all are bfloat16; raises TypeError where they differ."""
-    if len({tensor.dtype for tensor in tensors}) != 1:
-        raise TypeError(f"rows of {', '.join(str(tensor.dtype) for tensor in tensors)}")
-    return _bfloat16(tensors[0])
-
-
-def _bfloat16(x: Tensor) -> bool:
+def is_bfloat16(x: Tensor) -> bool:
+    """The kernels' flag. Raises TypeError for what is neither bfloat16 nor float32."""
     if x.dtype not in DTYPES:
         raise TypeError(f"the kernels compute in float32 or bfloat16, not {x.dtype}")
     return x.dtype is torch.bfloat16
 
 
-def _no_memory(rows: int) -> CapacityError:
+def no_memory(rows: int) -> CapacityError:
     return CapacityError(f"no memory for a step of {rows} rows", remedy="Give fewer rows at a time.")
 
 

@@ -207,13 +207,35 @@ void unit_product(const Matrix *m, Rows rows, const int32_t *which, int64_t coun
     }
 }
 
+void product_pieces(const Matrix *matrices, int count, Rows prepared, int64_t rows, void *out, int out_bfloat16) {
+    const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+    int64_t width = 0, units = 0;
+    for (int i = 0; i < count; i++) width += matrices[i].n, units += units_of(matrices[i].n);
+#pragma omp for schedule(dynamic)
+    for (int64_t piece = 0; piece < chunks * units; piece++) {
+        float part[CHUNK * UNIT];
+        int64_t first = piece / units * CHUNK, unit = piece % units, before = 0;
+        int64_t held = smaller(CHUNK, rows - first);
+        const Matrix *m = matrices;
+        for (; unit >= units_of(m->n); m++) unit -= units_of(m->n), before += m->n;
+        Rows chunk = prepared;
+        chunk.x += first * prepared.stride;
+        chunk.sums += first * prepared.groups;
+        unit_product(m, chunk, 0, held, unit, part);
+        int64_t channels = smaller(UNIT, m->n - unit * UNIT);
+        for (int64_t r = 0; r < held; r++)
+            write_row(part + r * UNIT, channels, out, out_bfloat16,
+                      (first + r) * width + before + unit * UNIT);
+    }
+}
+
 /* out [rows, n_0 + n_1 + ...] = x [rows, k] times each of `count` matrices transposed, which agree in k and
    format; x and out are float32, or bfloat16 if so flagged. Returns 0, or -1 without memory. */
 int splitinfer_product(const Matrix *matrices, int count, const void *x, int x_bfloat16, int64_t rows, void *out,
                        int out_bfloat16, int threads) {
-    const int64_t k = matrices->k, chunks = (rows + CHUNK - 1) / CHUNK;
-    int64_t width = 0, units = 0;
-    for (int i = 0; i < count; i++) width += matrices[i].n, units += units_of(matrices[i].n);
+    const int64_t k = matrices->k;
+    int64_t width = 0;
+    for (int i = 0; i < count; i++) width += matrices[i].n;
     float *memory = aligned_alloc(64, ((size_t)rows_floats(matrices, rows) * 4 + 63) / 64 * 64);
     if (!memory) return -1;
     Rows prepared = rows_at(matrices, rows, memory);
@@ -224,21 +246,7 @@ int splitinfer_product(const Matrix *matrices, int count, const void *x, int x_b
             copy_row(x, x_bfloat16, r * k, k, prepared.x + r * prepared.stride, prepared.stride);
             prepare_row(matrices, prepared, r);
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t piece = 0; piece < chunks * units; piece++) {
-            float part[CHUNK * UNIT];
-            int64_t first = piece / units * CHUNK, unit = piece % units, before = 0, held = smaller(CHUNK, rows - first);
-            const Matrix *m = matrices;
-            for (; unit >= units_of(m->n); m++) unit -= units_of(m->n), before += m->n;
-            Rows chunk = prepared;
-            chunk.x += first * prepared.stride;
-            chunk.sums += first * prepared.groups;
-            unit_product(m, chunk, 0, held, unit, part);
-            int64_t channels = smaller(UNIT, m->n - unit * UNIT);
-            for (int64_t r = 0; r < held; r++)
-                write_row(part + r * UNIT, channels, out, out_bfloat16,
-                          (first + r) * width + before + unit * UNIT);
-        }
+        product_pieces(matrices, count, prepared, rows, out, out_bfloat16);
     }
     free(memory);
     return 0;

@@ -1,0 +1,269 @@
+"""What happens to rows between the products, by the kernels in C (native/rows.c), as in `model.rows`."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from splitinfer.model.linear import Linear
+from splitinfer.model.native import DTYPES, is_bfloat16, kernels, no_memory
+from splitinfer.model.rows import Routing, TorchRows
+
+__all__ = ["RowKernels", "row_ops"]
+
+
+class RowKernels(TorchRows):
+    """What happens to contiguous float32 or bfloat16 rows on the CPU between products (rows.c)."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+        self._norm = library.splitinfer_norm
+        self._norm.argtypes = [pointer, integer, size, size, pointer, real, pointer, integer, integer]
+        self._residual = library.splitinfer_residual
+        self._residual.argtypes = [
+            pointer,
+            pointer,
+            integer,
+            size,
+            size,
+            pointer,
+            real,
+            *[pointer] * 7,
+            integer,
+        ]
+        self._combine = library.splitinfer_combine
+        self._combine.argtypes = [pointer] * 3 + [integer, size, size, pointer, pointer, real, real, pointer]
+        self._combine.argtypes += [integer]
+        self._heads = library.splitinfer_heads
+        self._heads.argtypes = [pointer, *[size] * 6, pointer, pointer, pointer, real, pointer, pointer]
+        self._heads.argtypes += [integer, integer]
+        self._gated = library.splitinfer_gated
+        self._gated.argtypes = [pointer, size, size, pointer, integer]
+        self._choose = library.splitinfer_choose
+        self._choose.argtypes = [pointer, size, size, size, pointer, pointer, pointer]
+
+        self._attention_in = library.splitinfer_attention_in
+        self._attention_in.argtypes = [pointer, integer, pointer, size, pointer, real, size, size, size]
+        self._attention_in.argtypes += [*[pointer] * 5, integer, integer]
+        self._attention_out = library.splitinfer_attention_out
+        self._attention_out.argtypes = [*[pointer] * 4, integer, size, pointer, real, *[pointer] * 6]
+        self._attention_out.argtypes += [size, pointer, pointer, pointer, integer]
+        self._mlp = library.splitinfer_mlp
+        self._mlp.argtypes = [
+            pointer,
+            integer,
+            pointer,
+            pointer,
+            size,
+            pointer,
+            real,
+            pointer,
+            integer,
+            integer,
+        ]
+
+    def norm(self, x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
+        """RMS norm [rows, n] times `weight` [n] float32, with one rounding."""
+        rows, n = x.shape
+        out = torch.empty((rows, n), dtype=out_dtype)
+        given = None if weight is None else weight.data_ptr()
+        threads = torch.get_num_threads()
+        _done(
+            self._norm(
+                x.data_ptr(), is_bfloat16(x), rows, n, given, eps, out.data_ptr(), is_bfloat16(out), threads
+            )
+        )
+        return out
+
+    def residual(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        eps: float,
+        first: Tensor,
+        second: Tensor | None,
+        third: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """x + norm(y) * weight; that sum's norm times `first`, `second`, and, float32, `third`."""
+        rows, n = x.shape
+        total, normed, one = torch.empty_like(x), torch.empty((rows, n)), torch.empty_like(x)
+        two = None if second is None else torch.empty_like(x)
+        _done(
+            self._residual(
+                x.data_ptr(), y.data_ptr(), _same(x, y), rows, n, weight.data_ptr(), eps, first.data_ptr(),
+                None if second is None else second.data_ptr(),
+                None if third is None else third.data_ptr(), total.data_ptr(), normed.data_ptr(),
+                one.data_ptr(), None if two is None else two.data_ptr(), torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return total, one, two, normed
+
+    def combine(
+        self,
+        x: Tensor,
+        dense: Tensor,
+        moe: Tensor | None,
+        moe_weight: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        scalar: float,
+    ) -> Tensor:
+        """(x + norm(dense + norm(moe) * moe_weight) * weight) * scalar; without moe: norm(dense)."""
+        rows, n = x.shape
+        out = torch.empty_like(x)
+        bfloat16 = _same(x, dense) if moe is None else _same(x, dense, moe)
+        _done(
+            self._combine(
+                x.data_ptr(), dense.data_ptr(), None if moe is None else moe.data_ptr(), bfloat16, rows, n,
+                None if moe_weight is None else moe_weight.data_ptr(), weight.data_ptr(), eps, scalar,
+                out.data_ptr(), torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return out
+
+    def heads(
+        self,
+        projected: Tensor,
+        weight: Tensor,
+        values: int,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Projections [rows, heads * D] float32 to normalised queries and keys [rows, N + V, D], turned, and
+        values [rows, V, D]. `weight` is [N + V, D]; the last `values` heads are the values, be they keys too.
+        """
+        rows, width = projected.shape
+        turning, size = weight.shape
+        turned = torch.empty((rows, turning, size), dtype=dtype)
+        value = torch.empty((rows, values, size), dtype=dtype)
+        _done(
+            self._heads(
+                projected.data_ptr(), rows, width, size, turning, width // size - values, values,
+                weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), eps, turned.data_ptr(), value.data_ptr(),
+                is_bfloat16(turned), torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return turned, value
+
+    def gated(self, x: Tensor) -> Tensor:
+        """gelu(first half) * second half of x [rows, 2 * n] float32, to [rows, n]."""
+        rows, width = x.shape
+        out = torch.empty((rows, width // 2))
+        _done(self._gated(x.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()))
+        return out
+
+    def choose(self, scores: Tensor, k: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The k largest of scores [rows, E] float32, falling, and their softmax times scale [E]."""
+        rows, n = scores.shape
+        index = torch.empty((rows, k), dtype=torch.int64)
+        weights = torch.empty((rows, k))
+        self._choose(scores.data_ptr(), rows, n, k, scale.data_ptr(), index.data_ptr(), weights.data_ptr())
+        return index, weights
+
+    def attention_in(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        eps: float,
+        projections: Linear,
+        weight: Tensor,
+        values: int,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        if not projections.fuses:
+            return super().attention_in(x, norm, eps, projections, weight, values, cos, sin)
+        x = x.contiguous()
+        rows, (turning, size) = len(x), weight.shape
+        turned = torch.empty((rows, turning, size), dtype=x.dtype)
+        value = torch.empty((rows, values, size), dtype=x.dtype)
+        _done(
+            self._attention_in(
+                ctypes.addressof(projections.matrices), len(projections.matrices), x.data_ptr(), rows,
+                norm.data_ptr(), eps, size, turning, values, weight.data_ptr(), cos.data_ptr(),
+                sin.data_ptr(), turned.data_ptr(), value.data_ptr(), is_bfloat16(x), torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return turned, value
+
+    def attention_out(
+        self,
+        attended: Tensor,
+        output: Linear,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        first: Tensor,
+        second: Tensor | None,
+        routing: Routing | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        if not output.fuses or (routing is not None and not routing.proj.fuses):
+            return super().attention_out(attended, output, x, weight, eps, first, second, routing)
+        x, attended = x.contiguous(), attended.contiguous()
+        rows = len(x)
+        total, one = torch.empty_like(x), torch.empty_like(x)
+        two = None if second is None else torch.empty_like(x)
+        router = scale = third = index = weights = None
+        k = 0
+        if routing is not None:
+            router, scale, third = routing.proj.matrices, routing.per_expert_scale, routing.scale
+            k = routing.top_k
+            index, weights = torch.empty((rows, k), dtype=torch.int64), torch.empty((rows, k))
+        _done(
+            self._attention_out(
+                ctypes.addressof(output.matrices), None if router is None else ctypes.addressof(router),
+                attended.data_ptr(), x.data_ptr(), _same(x, attended), rows, weight.data_ptr(), eps,
+                first.data_ptr(), _pointer(second), _pointer(third), total.data_ptr(), one.data_ptr(),
+                _pointer(two), k, _pointer(scale), _pointer(index), _pointer(weights),
+                torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return total, one, two, None if index is None or weights is None else (index, weights)
+
+    def mlp(self, x: Tensor, gate_up: Linear, down: Linear, norm: Tensor | None, eps: float) -> Tensor:
+        if not gate_up.fuses or not down.fuses:
+            return super().mlp(x, gate_up, down, norm, eps)
+        x = x.contiguous()
+        out = torch.empty((len(x), down.out_features), dtype=x.dtype)
+        _done(
+            self._mlp(
+                ctypes.addressof(gate_up.matrices), len(gate_up.matrices), ctypes.addressof(down.matrices),
+                x.data_ptr(), len(x), _pointer(norm), eps, out.data_ptr(), is_bfloat16(x),
+                torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return out
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _done(failed: int) -> None:
+    if failed:
+        raise no_memory(1)
+
+
+def _same(*tensors: Tensor) -> bool:
+    """Whether all are bfloat16; raises TypeError where they differ."""
+    if len({tensor.dtype for tensor in tensors}) != 1:
+        raise TypeError(f"rows of {', '.join(str(tensor.dtype) for tensor in tensors)}")
+    return is_bfloat16(tensors[0])
+
+
+@cache
+def _row_kernels() -> RowKernels | None:
+    built = kernels()
+    return None if built is None else RowKernels(built.library)
+
+
+def row_ops(device: torch.device, dtype: torch.dtype) -> TorchRows:
+    """The kernels where they can be used, else PyTorch."""
+    built = _row_kernels() if device.type == "cpu" and dtype in DTYPES else None
+    return TorchRows() if built is None else built
