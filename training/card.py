@@ -68,6 +68,7 @@ def _recipe(figures: dict[str, Any]) -> dict[str, str]:
         "target_minutes": f"{run['seconds'] / 60:.0f}",
         "rows": recipe["module_rows"] + recipe["test_rows"],
         "stable": f"{recipe['stable']:.0%}",
+        "late": f"{recipe['late']:.0%}",
         **{
             name: recipe[name]
             for name in ("length", "matrix_lr", "embedding_lr", "vector_lr", "warmup", "balance")

@@ -183,7 +183,7 @@ class DrafterRecipe:
     warmup: int = 50
     stable: float = 0.3
     tokens: int = 100_000_000
-    minutes: float = 15.0
+    minutes: float = 19.6
 
 
 def unrolled_loss(

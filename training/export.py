@@ -39,7 +39,7 @@ def export_target(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """Weights, configuration, tokenizer with chat template, and generation defaults."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_file(rounded(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    _save(tensors, folder / "model.safetensors")
     a = model.architecture
     text = {
         **_text_config(a, a.layer_types, a.intermediate_size),
@@ -81,7 +81,7 @@ def export_target(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
 def export_drafter(assistant: Assistant, intermediate_size: int, folder: Path) -> None:
     """The assistant's weights and configuration; its tokenizer is the target's."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(rounded(assistant.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    _save(assistant.state_dict(), folder / "model.safetensors")
     a = assistant.architecture
     text = {
         **_text_config(a, LAYER_TYPES, intermediate_size),
@@ -133,6 +133,11 @@ def _text_config(a: Architecture, layer_types: tuple[str, ...], intermediate_siz
         "vocab_size": a.vocab_size,
         "vocab_size_per_layer_input": 0,
     }
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(rounded(tensors), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves it to its owner alone, and a package would carry that on
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class TargetRecipe:
     warmup: int = 100
     stable: float = 0.3
     tokens: int = 30_000_000
-    minutes: float = 75.0
+    minutes: float = 70.0
 
 
 def train_target(
