@@ -83,7 +83,7 @@ class RandomCheckpoint:
         if format == "int8":
             return Packed(format, out_features, in_features, in_features, weight, scales.fill_(std / 74))
         scales[:, :, 0], scales[:, :, 1] = std / 4.6, -7.5 * std / 4.6
-        return Packed(format, out_features, in_features, 32, weight, scales)
+        return Packed(format, out_features, in_features, 0, weight, scales)
 
 
 def load(

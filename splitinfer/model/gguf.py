@@ -3,7 +3,7 @@
 | in the file            | here                                                                       |
 |------------------------|----------------------------------------------------------------------------|
 | F32, F16, BF16         | as they are (F16 as float32), or converted like any other checkpoint       |
-| Q4_0                   | int4: the same nibbles, factor d and offset -8 d, both exact in float16    |
+| Q4_0                   | int4 without offsets: the same nibbles and factors                         |
 | Q8_0                   | int8 with scales per 32 columns: the same bytes                            |
 | Q4_1, Q4_K, Q3_K, ...  | int4, by way of float32 (needs the `gguf` package)                         |
 | Q5_0, Q5_K, Q6_K, ...  | int8 with scales per 32 columns, likewise                                  |
@@ -139,7 +139,8 @@ class GgufCheckpoint(Checkpoint):
         if kind in FLOATS:
             return 0, format or natural_format(FLOATS[kind])
         chosen = format or FORMATS[kind]
-        return (GROUP if format is None and chosen == "int8" else 0), chosen
+        by_group = chosen == "int8" or kind == "Q4_0"
+        return (GROUP if format is None and by_group else 0), chosen
 
     def matrix(self, name: str, format: str | None = None, *, floating: str | None = None) -> Packed:
         if self.entry(name).dtype in FLOATS:
@@ -219,9 +220,9 @@ class GgufCheckpoint(Checkpoint):
             floating = self._floating(name, rows)
             return quantize(floating, format or natural_format(floating.dtype))
         raw = self.file.rows(gguf_name(name))[rows]
-        if kind == "Q4_0" and format in (None, "int4"):
+        if kind == "Q4_0" and format is None:
             return _from_q4_0(raw, columns)
-        if kind == "Q8_0" and format in (None, "int8"):
+        if kind == "Q8_0" and format is None:
             return _from_q8_0(raw, columns)
         wide = _widened(raw, kind, self.path)
         if format is None and FORMATS[kind] == "int8":
@@ -242,7 +243,7 @@ def _from_q4_0(raw: Tensor, columns: int) -> Packed:
     """weight = (nibble - 8) d; byte i of a block holds columns i (low half) and i + 16 (high half)."""
     scales, halves = _blocks(raw, "Q4_0")
     nibbles = torch.cat((halves & 15, halves >> 4), dim=-1).flatten(1)
-    return pack_int4(nibbles, scales, -8 * scales, columns)
+    return pack_int4(nibbles, scales, None, columns)
 
 
 def _from_q8_0(raw: Tensor, columns: int) -> Packed:

@@ -91,8 +91,9 @@ class _TorchLinear:
         words = packed.weight.transpose(1, 2).flatten(0, 1).unsqueeze(-1)
         nibbles = words.bitwise_right_shift(shifts).bitwise_and_(15).flatten(1).contiguous()
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
-        factors, offsets = packed.scales.float().unbind(2)  # [blocks, groups, 16] each
-        pairs = torch.stack((factors, offsets + 8 * factors), -1)  # [blocks, groups, 16, 2]
+        factors, *offsets = packed.scales.float().unbind(2)  # [blocks, groups, 16] each
+        zeros = offsets[0] + 8 * factors if offsets else torch.zeros_like(factors)
+        pairs = torch.stack((factors, zeros), -1)  # [blocks, groups, 16, 2]
         self.scales = pairs.transpose(0, 1).flatten(1, 2).to(torch.bfloat16).contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 | bfloat16 | 2              | row-major                                                                    |
 | int8     | 1              | row-major, float16 scales per output channel (GGUF's Q8_0: per 32 columns)   |
 | int4     | 0.625          | nibbles with a float16 factor and offset per 32 columns, weight = f * n + o  |
+|          |                | (GGUF's Q4_0: 0.5625 with the factor only, weight = f * (n - 8))             |
 
 int4 is laid out as the kernel reads it: channels in blocks of 16, columns in words of 8 nibbles, the first
 column in a word's low bits: weight int32 [blocks, columns / 8, 16] and scales float16 [blocks, groups, 2, 16]
@@ -79,7 +80,10 @@ QUANT_PARTS = ("experts", "attention", "dense", "embeddings", "lm_head")
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix [out_features, in_features] in one format. `group`: columns per scale, 0 without scales."""
+    """A matrix [out_features, in_features] in one format.
+
+    `group` is int8's columns per scale; for int4 it is 0 with factors and offsets, GROUP with factors only.
+    """
 
     format: str
     out_features: int
@@ -114,19 +118,22 @@ class Packed:
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
         nibbles = words.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(15)
         groups = nibbles.reshape(len(words), -1, GROUP).float()
-        wide = groups.mul_(scales[..., :1]).add_(scales[..., 1:]).flatten(1)
+        if self.group:
+            wide = groups.sub_(8).mul_(scales).flatten(1)
+        else:
+            wide = groups.mul_(scales[..., :1]).add_(scales[..., 1:]).flatten(1)
         return wide[: self.out_features if rows is None else None, : self.in_features]
 
 
 def packed_shapes(
     format: str, out_features: int, in_features: int, group: int = 0
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of "weight" (and "scales") of such a matrix. `group` as in Packed, for int8."""
+    """dtype and shape of "weight" (and "scales") of such a matrix. `group` as in Packed; 0: the usual."""
     if format == "int4":
         blocks, groups = -(-out_features // BLOCK), -(-in_features // GROUP)
         return {
             "weight": (torch.int32, (blocks, groups * 4, BLOCK)),
-            "scales": (torch.float16, (blocks, groups, 2, BLOCK)),
+            "scales": (torch.float16, (blocks, groups, 1 if group else 2, BLOCK)),
         }
     if format == "int8":
         return {
@@ -190,21 +197,24 @@ def pack_int8(values: Tensor, scales: Tensor) -> Packed:
     )
 
 
-def pack_int4(nibbles: Tensor, factors: Tensor, offsets: Tensor, in_features: int) -> Packed:
-    """nibbles [out, columns] of whole numbers in 0..15, factors and offsets [out, columns / 32]."""
+def pack_int4(nibbles: Tensor, factors: Tensor, offsets: Tensor | None, in_features: int) -> Packed:
+    """nibbles [out, columns] of whole numbers in 0..15, factors and offsets [out, columns / 32]; without
+    offsets weights are centred at the nibble 8.
+    """
     out_features = len(nibbles)
     short = -out_features % BLOCK
     pad = torch.nn.functional.pad
     halves = pad(nibbles.to(torch.uint8), (0, 0, 0, short)).view(out_features + short, -1, 2)
     words = (halves[..., 0] | halves[..., 1] << 4).view(torch.int32)
-    scales = pad(torch.stack((factors, offsets), -1).to(torch.float16), (0, 0, 0, 0, 0, short))
+    pairs = (factors,) if offsets is None else (factors, offsets)
+    scales = pad(torch.stack(pairs, -1).to(torch.float16), (0, 0, 0, 0, 0, short))
     return Packed(
         "int4",
         out_features,
         in_features,
-        GROUP,
+        GROUP if offsets is None else 0,
         words.view(-1, BLOCK, words.shape[1]).transpose(1, 2).contiguous(),
-        scales.view(-1, BLOCK, scales.shape[1], 2).permute(0, 2, 3, 1).contiguous(),
+        scales.view(-1, BLOCK, scales.shape[1], len(pairs)).permute(0, 2, 3, 1).contiguous(),
     )
 
 

@@ -121,7 +121,7 @@ class ShardCheckpoint(Checkpoint):
 
     def stored_as(self, name: str, format: str | None) -> tuple[int, str]:
         packed = self._packed(name, format, self.tensor(name), self._scales(name), *self._shapes[name][-2:])
-        return (packed.group if packed.format == "int8" else 0), packed.format
+        return packed.group, packed.format
 
     def matrix_pieces(self, name: str, format: str | None = None) -> Iterator[Packed]:
         yield self.matrix(name, format)
@@ -203,7 +203,10 @@ class ShardCheckpoint(Checkpoint):
                 f"{self.path} holds {name} in {stored}, not in {format}",
                 remedy="Leave the format out, or make another shard from the model.",
             )
-        group = 0 if scales is None else GROUP if stored == "int4" else in_features // scales.shape[-1]
+        group = 0
+        if scales is not None:
+            centred = GROUP if scales.shape[-2] == 1 else 0
+            group = centred if stored == "int4" else in_features // scales.shape[-1]
         return Packed(stored, out_features, in_features, group, weight, scales)
 
     def small_files(self) -> dict[str, bytes]:

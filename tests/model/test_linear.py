@@ -11,9 +11,9 @@ from torch import Tensor
 from splitinfer.model import linear
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import kernels
-from splitinfer.model.quantize import FORMATS, Packed, pack_int8, quantize
+from splitinfer.model.quantize import FORMATS, Packed, pack_int4, pack_int8, quantize
 
-KINDS = (*FORMATS, "int8 by group")
+KINDS = (*FORMATS, "int8 by group", "int4 centred")
 ROWS = (2, 3, 4, 5, 6, 7, 8, 13, 48, 49, 61)  # every tile of the kernels, and the edges of a chunk
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="the kernels could not be built here")
 
@@ -24,6 +24,11 @@ def packed(kind: str, out_features: int, in_features: int, seed: int = 0) -> Pac
         columns = -(-in_features // 32) * 32
         values = torch.randint(-128, 128, (out_features, columns), generator=generator)
         return pack_int8(values, torch.rand(out_features, columns // 32, generator=generator) / 100)
+    if kind == "int4 centred":
+        columns = -(-in_features // 32) * 32
+        nibbles = torch.randint(0, 16, (out_features, columns), generator=generator)
+        scales = torch.rand(out_features, columns // 32, generator=generator) / 10
+        return pack_int4(nibbles, scales, None, in_features)
     return quantize(torch.randn(out_features, in_features, generator=generator), kind)
 
 
@@ -63,7 +68,7 @@ def test_equals_the_widened_product(kind: str, shape: tuple[int, int], rows: int
 @pytest.mark.parametrize("shape", [(64, 64), (37, 70), (1, 1), (130, 33)])
 def test_equals_the_widened_product_without_kernels(kind: str, shape: tuple[int, int]) -> None:
     """PyTorch's int4 takes bfloat16 activations and scales, whose rounding shows in small sums."""
-    check(kind, shape, torch.float32, 2**-7 if kind == "int4" else 4e-6)
+    check(kind, shape, torch.float32, 2**-7 if kind.startswith("int4") else 4e-6)
     check(kind, shape, torch.bfloat16, 2**-6)
 
 

@@ -88,6 +88,18 @@ def test_layout_of_int4() -> None:
     assert float(packed.widen()[19, 49]) == 39.0 * float(nibbles[19, 49]) - 39.0
 
 
+def test_int4_centred() -> None:
+    """Q4_0's form: factors only, half a bit a weight less."""
+    nibbles = torch.randint(0, 16, (5, 96))
+    factors = torch.rand(5, 3).half()
+    packed = pack_int4(nibbles, factors, None, 90)
+    assert packed.group == 32
+    assert packed.nbytes == packed_nbytes("int4", 5, 90, 32) < packed_nbytes("int4", 5, 90)
+    expected = (nibbles - 8) * factors.float().repeat_interleave(32, 1)
+    torch.testing.assert_close(packed.widen(), expected[:, :90], rtol=0, atol=0)
+    torch.testing.assert_close(packed.widen(torch.tensor([4, 0])), expected[[4, 0], :90], rtol=0, atol=0)
+
+
 def test_int8_by_group() -> None:
     values = torch.randint(-128, 128, (5, 96))
     scales = torch.rand(5, 3).half()

@@ -36,15 +36,21 @@ INLINE vf nibbles(vu word, int j) {
     return from_integers((vi)(word & (15u << 4 * j)));
 }
 
-INLINE void scaled(const uint16_t *scales, int v, float sum, vf acc, vf *total) {
-    vf t = fused(load_float16(scales + v * VL), acc, *total);
-    *total = fused(load_float16(scales + 16 + v * VL), all(sum), t);
+/* Halves of a group's scales: factors and offsets of 16 channels, or factors alone. */
+INLINE int64_t scale_halves(const Matrix *m) { return m->group ? 16 : 32; }
+
+INLINE void scaled(const uint16_t *scales, int64_t halves, int v, float sum, vf acc, vf *total) {
+    vf factor = load_float16(scales + v * VL);
+    if (halves == 16)
+        *total = fused(factor, acc + all(-8.0f * sum), *total);
+    else
+        *total = fused(load_float16(scales + 16 + v * VL), all(sum), fused(factor, acc, *total));
 }
 
 /* R rows, B blocks: nibbles are widened in registers. */
 INLINE void int4_tile(const int R, const int B, const Matrix *m, Rows rows, const int32_t *which,
                       int64_t block, float *out) {
-    const int64_t words = rows.stride / 8 * 16, halves = rows.groups * 32;
+    const int64_t words = rows.stride / 8 * 16, group = scale_halves(m), halves = rows.groups * group;
     const uint32_t *w = (const uint32_t *)m->weight + block * words;
     const uint16_t *s = m->scales + block * halves;
     const float *x[6];
@@ -67,7 +73,7 @@ INLINE void int4_tile(const int R, const int B, const Matrix *m, Rows rows, cons
         }
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < B; b++)
             UNROLL for (int v = 0; v < NV; v++)
-                scaled(s + b * halves + g * 32, v, rows.sums[which[r] * rows.groups + g], acc[r][b][v],
+                scaled(s + b * halves + g * group, group, v, rows.sums[which[r] * rows.groups + g], acc[r][b][v],
                        &total[r][b][v]);
     }
     for (int r = 0; r < R; r++) for (int b = 0; b < B; b++)
@@ -75,7 +81,7 @@ INLINE void int4_tile(const int R, const int B, const Matrix *m, Rows rows, cons
 }
 
 /* R of many rows against one group already widened to `f`. */
-INLINE void int4_group_tile(const int R, const vf *f, const uint16_t *scales, Rows rows,
+INLINE void int4_group_tile(const int R, const vf *f, const uint16_t *scales, int64_t halves, Rows rows,
                             const int32_t *which, int64_t g, vf *total) {
     const float *x[6];
     UNROLL for (int r = 0; r < R; r++) x[r] = rows.x + which[r] * rows.stride + g * 32;
@@ -86,13 +92,14 @@ INLINE void int4_group_tile(const int R, const vf *f, const uint16_t *scales, Ro
             acc[r][v] = fused(f[k * NV + v], all(x[r][k]), acc[r][v]);
     for (int r = 0; r < R; r++)
         for (int v = 0; v < NV; v++)
-            scaled(scales, v, rows.sums[which[r] * rows.groups + g], acc[r][v], total + r * NV + v);
+            scaled(scales, halves, v, rows.sums[which[r] * rows.groups + g], acc[r][v], total + r * NV + v);
 }
 
 static void int4_many(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t block,
                       float *out) {
     const uint32_t *w = (const uint32_t *)m->weight + block * (rows.stride / 8 * 16);
-    const uint16_t *s = m->scales + block * rows.groups * 32;
+    const int64_t group = scale_halves(m);
+    const uint16_t *s = m->scales + block * rows.groups * group;
     vf total[CHUNK * NV], f[32 * NV];
     memset(total, 0, sizeof total);
     for (int64_t g = 0; g < rows.groups; g++) {
@@ -101,9 +108,9 @@ static void int4_many(const Matrix *m, Rows rows, const int32_t *which, int64_t 
             UNROLL for (int j = 0; j < 8; j++) f[(d * 8 + j) * NV + v] = nibbles(word, j);
         }
         int64_t r = 0;
-        for (; r + 6 <= count; r += 6) int4_group_tile(6, f, s + g * 32, rows, which + r, g, total + r * NV);
-        for (; r + 2 <= count; r += 2) int4_group_tile(2, f, s + g * 32, rows, which + r, g, total + r * NV);
-        if (r < count) int4_group_tile(1, f, s + g * 32, rows, which + r, g, total + r * NV);
+        for (; r + 6 <= count; r += 6) int4_group_tile(6, f, s + g * group, group, rows, which + r, g, total + r * NV);
+        for (; r + 2 <= count; r += 2) int4_group_tile(2, f, s + g * group, group, rows, which + r, g, total + r * NV);
+        if (r < count) int4_group_tile(1, f, s + g * group, group, rows, which + r, g, total + r * NV);
     }
     for (int64_t r = 0; r < count; r++)
         for (int v = 0; v < NV; v++) store(out + r * UNIT + v * VL, total[r * NV + v]);

@@ -9,7 +9,8 @@ enum { FLOAT32, BFLOAT16, INT8, INT4 };
 /* [n, k]. FLOAT32, BFLOAT16 and INT8 are row-major. INT8 has float16 scales [n, k / group].
    INT4 is [ceil(n / 16), kp / 8, 16] words, kp = k padded to 32: a word holds 8 columns of one channel,
    the first in its low bits. Its float16 scales are [ceil(n / 16), kp / 32, 2, 16]: factor and offset of
-   16 channels, weight = factor * nibble + offset. */
+   16 channels, weight = factor * nibble + offset; with a `group` [ceil(n / 16), kp / 32, 16], the factors only:
+   weight = factor * (nibble - 8). */
 typedef struct {
     int32_t format, group;
     int64_t n, k;
