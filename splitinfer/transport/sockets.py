@@ -21,6 +21,7 @@ from splitinfer.errors import (
     TransportError,
 )
 from splitinfer.transport.certificates import map_tls_error
+from splitinfer.transport.frames import CHUNK_NBYTES
 from splitinfer.transport.link_rate import delivery_rate
 from splitinfer.transport.outbox import Piece
 from splitinfer.transport.protocol import TICK_SECONDS, Connection
@@ -28,7 +29,9 @@ from splitinfer.transport.tls import TlsStream
 
 __all__ = ["Link", "Owner"]
 
-_MORE_READS_PER_EVENT: Final = 7  # then the other connections have their turn
+# Written at one go; a kernel that takes on and on must not keep the loop from everything else.
+_WRITE_NBYTES: Final = CHUNK_NBYTES
+_MORE_READS_PER_EVENT: Final = 3  # then the other connections have their turn
 _MAX_PIECES: Final = 512  # the kernel takes 1024 at once (IOV_MAX)
 
 
@@ -81,9 +84,12 @@ class Link:
 
     def flush(self) -> None:
         """Hand what waits to the kernel, as far as it takes it; the rest goes when it can."""
-        if self._writing or self.closed:
-            return
+        if not self._writing and not self.closed:
+            self._write()
+
+    def _write(self) -> None:
         outbox, tls = self._outbox, self._tls
+        stop = outbox.sent_nbytes + _WRITE_NBYTES
         try:
             while outbox.nbytes or (tls is not None and tls.unsent):
                 pieces = outbox.ready
@@ -97,23 +103,40 @@ class Link:
                 else:
                     nbytes = self._sendmsg(outbox.pieces()[:_MAX_PIECES])
                 outbox.sent(nbytes)
+                if outbox.sent_nbytes > stop and outbox.nbytes:
+                    self._write_later()
+                    return
         except BlockingIOError:
-            self._writing = True
-            self._loop.add_writer(self._fd, self._writable)
+            self._write_later()
         except OSError as error:
             # Not from within the owner's own call: it hears of it in the next turn of the loop.
             self._loop.call_soon(self.abort, _lost(error, self.connection.peer))
 
+    def _write_later(self) -> None:
+        if not self._writing:
+            self._writing = True
+            self._loop.add_writer(self._fd, self._writable)
+
     def _writable(self) -> None:
+        if self.closed:
+            return
+        self._write()
+        if self._outbox.nbytes or (self._tls is not None and self._tls.unsent):
+            if not self.connection.choked:
+                self._read_again()
+            return
         self._writing = False
         self._loop.remove_writer(self._fd)
-        self.flush()
-        if self._paused and not self.connection.choked and not self.closed:
+        self._read_again()
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _read_again(self) -> None:
+        """The client takes its answers again."""
+        if self._paused and not self.closed:
             self._paused = False
             self._loop.add_reader(self._fd, self._readable)
             self._loop.call_soon(self._read_rest)
-        if self._idle is not None and not self._outbox.nbytes and not self._idle.done():
-            self._idle.set_result(None)
 
     def _readable(self) -> None:
         try:

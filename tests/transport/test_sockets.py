@@ -13,7 +13,7 @@ import pytest
 
 from splitinfer.errors import ConnectionLost, RemoteProtocolError, TransportError
 from splitinfer.transport import sockets
-from splitinfer.transport.frames import GOAWAY, PING, REPLY, REQUEST, WELCOME, pack_frame
+from splitinfer.transport.frames import CHUNK_NBYTES, GOAWAY, PING, REPLY, REQUEST, WELCOME, pack_frame
 from splitinfer.transport.protocol import Connection
 from splitinfer.transport.sockets import Link
 
@@ -105,6 +105,37 @@ def test_what_the_kernel_does_not_take_waits_and_then_goes() -> None:
             assert (message.tensors[0].numpy() == message.id - 1).all()
         close(client, server)
         del theirs
+
+    run(work())
+
+
+def test_a_large_transfer_does_not_keep_the_loop_from_other_work() -> None:
+    """However fast the kernel takes it: between two turns of the loop about one piece goes."""
+
+    async def work() -> None:
+        one, other = socket.socketpair()
+        client, mine = link("client", one)
+        server, _ = link("server", other)
+        await mine.until(lambda: client.connection.open)
+        sent: list[int] = []
+        real = client._sendmsg
+
+        def swallow(pieces: Any) -> int:
+            sent.append(sum(map(len, pieces)))
+            return sent[-1]
+
+        client._sendmsg = swallow
+        client.connection.request("m", [np.zeros(20 << 20, np.uint8)], {}, 0)
+        client.flush()
+        turns = 1
+        while client.connection.outbox.nbytes:
+            before = sum(sent)
+            await asyncio.sleep(0)
+            assert sum(sent) - before <= 3 * CHUNK_NBYTES
+            turns += 1
+        assert turns > 20
+        client._sendmsg = real
+        close(client, server)
 
     run(work())
 
