@@ -178,7 +178,7 @@ class Channel:
                 session = await Session.open(self.address, self.config, self._loop, via=via)
             except LinkError as error:
                 least, most = _BACKOFF_SECONDS
-                pause = min(most, least * 2**self._failures)
+                pause = min(most, least * 2 ** min(self._failures, 10))
                 self._failures += 1
                 self._failure = error
                 self._retry_at = monotonic() + random.uniform(pause / 2, pause)

@@ -2,7 +2,8 @@
 
 A handler that answers without waiting costs no task and no turn of the event loop. From Python 3.12 on
 asyncio does this itself (`eager_start`); before, the first step runs under a stand-in for the task that will
-be made if there is a second one, so that `current_task()` and `asyncio.timeout()` work as they should.
+be made if there is a second one, so that `current_task()`, `asyncio.timeout()` and context variables work as
+they should.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Coroutine, Generator
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 __all__ = ["start"]
@@ -35,11 +37,12 @@ else:
         """
         before = asyncio.current_task(loop)
         stand_in: Any = _StandIn(work)
+        context = copy_context()
         if before is not None:
             asyncio.tasks._leave_task(loop, before)
         asyncio.tasks._enter_task(loop, stand_in)
         try:
-            waits_for = work.send(None)
+            waits_for = context.run(work.send, None)
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -47,7 +50,7 @@ else:
             asyncio.tasks._leave_task(loop, stand_in)
             if before is not None:
                 asyncio.tasks._enter_task(loop, before)
-        task = stand_in.task = loop.create_task(_Rest(work, waits_for))
+        task = stand_in.task = loop.create_task(_Rest(work, waits_for), context=context)
         return task
 
 
@@ -60,6 +63,9 @@ class _StandIn:
 
     def get_coro(self) -> Coroutine[Any, Any, Any]:
         return self._work
+
+    def get_name(self) -> str:
+        return self.task.get_name() if self.task is not None else "first step"
 
     def done(self) -> bool:
         return self.task is not None and self.task.done()

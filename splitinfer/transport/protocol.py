@@ -39,36 +39,14 @@ from splitinfer.transport.inbox import Inbox
 from splitinfer.transport.messages import Call, Message
 from splitinfer.transport.outbox import Codec, Outbox
 from splitinfer.transport.tensors import Array
+from splitinfer.transport.vitals import Vitals
 
-__all__ = ["STREAM_WINDOW", "TICK_SECONDS", "Connection"]
+__all__ = ["STREAM_WINDOW", "Connection"]
 
-TICK_SECONDS: Final = 1.0
 STREAM_WINDOW: Final = 8  # ITEMs that may come before the first CREDIT
 
-_PING_AFTER: Final = 1  # silent ticks
-_LOST_AFTER: Final = 4
-_HANDSHAKE_TICKS: Final = 10
-_STALL_TICKS: Final = 10
-_STALL_NBYTES: Final = 16 * 1024  # at least this much has to move in so many ticks: 13 kbit/s
 _HIGH_WATER: Final = 8 << 20  # above it nothing more is taken on: no PONG, and a server stops reading
 _MAX_ERROR: Final = 1 << 16
-
-
-class _Stall:
-    """Finds a peer that moves too few bytes while some are due."""
-
-    __slots__ = ("_mark", "_ticks")
-
-    def __init__(self) -> None:
-        self._mark = 0
-        self._ticks = 0
-
-    def found(self, due: bool, moved: int) -> bool:
-        if not due or moved - self._mark >= _STALL_NBYTES:
-            self._mark, self._ticks = moved, 0
-        else:
-            self._ticks += 1
-        return self._ticks >= _STALL_TICKS
 
 
 class Connection:
@@ -123,9 +101,7 @@ class Connection:
         self._held: dict[int, int] = {}
         self._held_nbytes = 0
         self._credit: dict[int, int] = {}
-        self._heard_nbytes = 0
-        self._silent_ticks = self._open_ticks = 0
-        self._reading, self._writing = _Stall(), _Stall()
+        self._vitals = Vitals()
         if role == "server":
             self.inbox.allow(Limits(max_table=1, max_meta=MAX_HELLO, max_body=1), handshake_only=True)
         for frame in self._handshake.start():
@@ -407,22 +383,8 @@ class Connection:
             self.outbox.codec.link_rate = rate
 
     def tick(self) -> None:
-        """One second has passed. Raises ConnectionLost for a peer that is gone or too slow."""
-        # While choked a server does not listen; whether the peer is there shows in what it takes.
-        heard = self.inbox.nbytes > self._heard_nbytes or self.choked
-        self._silent_ticks = 0 if heard else self._silent_ticks + 1
-        self._heard_nbytes = self.inbox.nbytes
-        if self._silent_ticks >= _LOST_AFTER:
-            raise ConnectionLost(f"{self.peer} has been silent for {_LOST_AFTER} s", peer=self.peer)
-        if self._silent_ticks == _PING_AFTER and self.open:
-            self.ping()
-        self._open_ticks += 1
-        if not self.open and self._open_ticks >= _HANDSHAKE_TICKS:
-            raise ConnectionLost(f"{self.peer} did not finish the handshake", peer=self.peer)
-        if self._writing.found(self.outbox.nbytes > 0, self.outbox.sent_nbytes):
-            raise ConnectionLost(f"{self.peer} reads too slowly", peer=self.peer)
-        if self._reading.found(self.inbox.unfinished and not self.choked, self.inbox.nbytes):
-            raise ConnectionLost(f"{self.peer} sends too slowly", peer=self.peer)
+        """`TICK_SECONDS` have passed. Raises ConnectionLost for a peer that is gone or too slow."""
+        self._vitals.tick(self)
 
 
 _NOBODY: Final = object()

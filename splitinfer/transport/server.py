@@ -224,8 +224,8 @@ class _Running:
 
     __slots__ = ("allowed", "credit", "deadline", "task", "timed_out")
 
-    def __init__(self, task: asyncio.Future[Any], deadline: float) -> None:
-        self.task = task
+    def __init__(self, task: Any, deadline: float) -> None:
+        self.task: asyncio.Future[Any] = task
         self.deadline = deadline
         self.timed_out = False
         self.credit = STREAM_WINDOW
@@ -271,6 +271,8 @@ class _Peer:
                     connection.reply(id, answer.tensors, answer.meta)
                 else:
                     self._answer(id, answer, message.deadline)
+            except asyncio.CancelledError:  # of something that the handler waited for: nobody cancels us here
+                self._fail(id, RemoteError("the handler was cancelled", code="cancelled"))
             except Exception as error:
                 self._fail(id, error)
         elif connection.accept(message) and id in self.running:
@@ -294,10 +296,10 @@ class _Peer:
 
     # ---- calls
 
-    def _wait_for(self, id: int, task: asyncio.Future[Any], deadline: float) -> None:
-        self.running[id] = _Running(task, deadline)
-        self._deadlines.watch(deadline)
-        task.add_done_callback(partial(self._done, id, deadline))
+    def _wait_for(self, id: int, running: _Running) -> None:
+        self.running[id] = running
+        self._deadlines.watch(running.deadline)
+        running.task.add_done_callback(partial(self._done, id, running.deadline))
 
     def _done(self, id: int, deadline: float, task: asyncio.Future[Any]) -> None:
         """A handler that had to wait has come to its end."""
@@ -324,15 +326,16 @@ class _Peer:
         if type(answer) is Reply:
             self.connection.reply(id, answer.tensors, answer.meta)
         elif asyncio.isfuture(answer):
-            self._wait_for(id, answer, deadline)
+            self._wait_for(id, _Running(answer, deadline))
         elif hasattr(answer, "__aiter__"):
-            self._wait_for(id, self._loop.create_task(self._stream(id, answer)), deadline)
+            running = _Running(None, deadline)
+            running.task = self._loop.create_task(self._stream(id, answer, running))
+            self._wait_for(id, running)
         else:
             self.connection.reply(id, answer or (), {})
 
-    async def _stream(self, id: int, items: AsyncIterator[Reply]) -> None:
+    async def _stream(self, id: int, items: AsyncIterator[Reply], running: _Running) -> None:
         """Send items as they come, no more of them than the caller allows."""
-        running = self.running[id]
         running.allowed = asyncio.Event()
         try:
             async for item in items:

@@ -42,7 +42,7 @@ from splitinfer.transport.tls import TlsStream
 
 __all__ = ["Session", "SingleCall", "Stats", "StreamCall"]
 
-_MAX_MS: Final = (1 << 32) - 1
+_MAX_SECONDS: Final = 4_000_000  # what 32 bits of milliseconds hold: 46 days
 
 
 @dataclass(slots=True)
@@ -252,9 +252,9 @@ class Session:
         timeout: float,
     ) -> None:
         """Send a call's request now. Raises LocalProtocolError, Overloaded: then nothing was sent."""
-        left = ceil(timeout * 1000)
-        if not 0 < left <= _MAX_MS:
-            left = 1 if left <= 0 else _MAX_MS
+        left = (
+            ceil(timeout * 1000) if 0 < timeout < _MAX_SECONDS else _MAX_SECONDS * 1000 if timeout > 0 else 1
+        )
         call.id = self.connection.request(method, tensors, meta, left, call)
         self.link.flush()
         # The bytes are on their way: from here on the other side works too.

@@ -24,8 +24,9 @@ from splitinfer.transport.certificates import map_tls_error
 from splitinfer.transport.frames import CHUNK_NBYTES
 from splitinfer.transport.link_rate import delivery_rate
 from splitinfer.transport.outbox import Piece
-from splitinfer.transport.protocol import TICK_SECONDS, Connection
+from splitinfer.transport.protocol import Connection
 from splitinfer.transport.tls import TlsStream
+from splitinfer.transport.vitals import TICK_SECONDS
 
 __all__ = ["Link", "Owner"]
 
@@ -177,8 +178,6 @@ class Link:
             self._readable()
 
     def _tick(self) -> None:
-        # Counting ticks, not seconds: one that comes late says that this loop was busy, not that the peer was
-        # silent, and what the peer sent meanwhile is read before the next one.
         self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
         if self.connection.compresses and (rate := delivery_rate(self._sock)) is not None:
             self.connection.set_link_rate(rate)

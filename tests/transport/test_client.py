@@ -177,6 +177,20 @@ def test_attempts_are_spread_and_end() -> None:
     run(work())
 
 
+def test_the_thousandth_failure_is_like_the_tenth() -> None:
+    async def work() -> None:
+        server = await again("127.0.0.1:0")
+        config = ClientConfig(reconnect_timeout=0.05)
+        async with await transport.connect(server.address, config=config) as channel:
+            await leave(server, channel)
+            channel._failures = 5000
+            with pytest.raises(ConnectError):
+                await channel.call("echo")
+            assert 0.5 < channel._retry_at - monotonic() <= 2.0
+
+    run(work())
+
+
 def test_a_deadline_holds_while_connecting_too() -> None:
     async def work() -> None:
         server = await again("127.0.0.1:0")

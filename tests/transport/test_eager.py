@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -146,5 +147,28 @@ def test_the_callers_own_task_is_current_again_afterwards() -> None:
         assert asyncio.current_task() is mine
         assert seen[0] is not None
         assert seen[0] is not mine
+
+    asyncio.run(work())
+
+
+def test_context_variables_of_one_are_not_seen_by_the_next() -> None:
+    variable: ContextVar[str] = ContextVar("variable", default="nothing")
+    seen: list[str] = []
+
+    async def leave_a_trace(wait: bool) -> None:
+        seen.append(variable.get())
+        variable.set("mine")
+        if wait:
+            await asyncio.sleep(0)
+        seen.append(variable.get())
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        for wait in (False, True):
+            task = eager.start(leave_a_trace(wait), loop)
+            if task is not None:
+                await task
+        assert variable.get() == "nothing"
+        assert seen == ["nothing", "mine"] * 2
 
     asyncio.run(work())

@@ -38,7 +38,7 @@ LARGE = np.zeros(3 * CHUNK_NBYTES, np.uint8)
 
 
 @pytest.mark.parametrize(
-    "name", ["protocol", "inbox", "outbox", "frames", "handshake", "messages", "buffers"]
+    "name", ["protocol", "inbox", "outbox", "frames", "handshake", "messages", "buffers", "vitals"]
 )
 def test_no_event_loop_no_socket_no_torch(name: str) -> None:
     """The floor of the transport, held by what its files import outside of type checking."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Coroutine
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,44 @@ def test_a_mistake_of_the_callers_is_not_logged(caplog: pytest.LogCaptureFixture
 
     run(work())
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_handler_that_waits_for_something_cancelled(later: bool) -> None:
+    async def handler(call: transport.Call) -> Reply:
+        other = asyncio.get_running_loop().create_future()
+        other.cancel()
+        if later:
+            await asyncio.sleep(0)
+        await other
+        return Reply()
+
+    async def work() -> None:
+        async with (
+            await transport.serve(handler, "127.0.0.1:0") as server,
+            await transport.connect(server.address) as channel,
+        ):
+            with pytest.raises(RemoteError) as caught:
+                await channel.call("any")
+            assert caught.value.code == "cancelled"
+
+    run(work())
+
+
+@pytest.mark.parametrize("timeout", [inf, 1e12, 0.0, -1.0])
+def test_timeouts_of_any_size(timeout: float) -> None:
+    async def work() -> None:
+        async with (
+            await transport.serve(lambda call: asyncio.sleep(0.05), "127.0.0.1:0") as server,
+            await transport.connect(server.address) as channel,
+        ):
+            if timeout > 0:
+                await channel.call("any", timeout=timeout)
+            else:
+                with pytest.raises(DeadlineExceeded):
+                    await channel.call("any", timeout=timeout)
+
+    run(work())
 
 
 def test_a_stream_whose_reader_is_gone_is_closed() -> None:
