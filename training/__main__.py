@@ -28,7 +28,7 @@ from training.vocabulary import train_vocabulary
 __all__ = ["main"]
 
 _DRAFTER_PART = 0.28  # of the target's minutes
-_DEPTHS = (2, 3, 4, 5, 6, 8)
+_DEPTHS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def main(
