@@ -9,7 +9,8 @@ from torch import Tensor
 
 from splitinfer.errors import UsageError
 from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
-from splitinfer.model.quantize import format_of, packed_nbytes
+from splitinfer.model.footprint import Sizes
+from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.weights import Checkpoint
 from splitinfer.placement import parse_ranges, parse_size
 from splitinfer.timing import Timeline
@@ -59,7 +60,8 @@ def local_layers(
         layers = parse_ranges(ranges, config.num_hidden_layers, "--local-layers")
     else:
         room = parse_size(memory or "", "--local-memory")
-        one = layer_nbytes(checkpoint, dtype, format)
+        sizes = Sizes.of(checkpoint, quant=QuantConfig(experts=format), dtype=dtype)
+        one = sizes.experts([0])
         layers = tuple(range(min(config.num_hidden_layers, room // one)))
         if not layers:
             raise UsageError(
@@ -68,15 +70,3 @@ def local_layers(
             )
     bank = ExpertBank(checkpoint, dict.fromkeys(layers, everything), dtype=dtype, format=format)
     return LocalExperts(bank), layers
-
-
-def layer_nbytes(checkpoint: Checkpoint, dtype: torch.dtype | None, format: str | None) -> int:
-    """Bytes that the experts of one layer take, in the format that an ExpertBank would hold them in."""
-    config, total = checkpoint.config, 0
-    hidden, inner = config.hidden_size, config.moe_intermediate_size
-    for name, shape in (("gate_up_proj", (2 * inner, hidden)), ("down_proj", (hidden, inner))):
-        group, chosen = checkpoint.stored_as(f"layers.0.experts.{name}", format)
-        if format is None and chosen in ("float32", "bfloat16"):
-            chosen = format_of(dtype) or chosen
-        total += config.num_experts * packed_nbytes(chosen, *shape, group)
-    return total

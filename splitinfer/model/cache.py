@@ -13,11 +13,19 @@ from torch import Tensor
 from splitinfer.errors import UsageError
 from splitinfer.model.config import AttentionConfig, ModelConfig
 
-__all__ = ["ROLLBACK", "KVCache"]
+__all__ = ["ROLLBACK", "KVCache", "grown"]
 
 ROLLBACK = 64  # rows that `truncate` can always take back: several verify windows of drafts
 MARGIN = 256  # rows of a sliding buffer beyond what has to stay: one move of the window per so many tokens
 CHUNK = 256  # rows; buffers grow by at least this, and by a quarter, so that growing costs little per token
+
+
+def grown(capacity: int, rows: int, reach: int | None) -> int:
+    """The capacity that a layer's buffers of `capacity` rows get for `rows`; `reach` as in `_Store`."""
+    if rows <= capacity:
+        return capacity
+    larger = max(rows, capacity + max(CHUNK, capacity // 4))
+    return larger if reach is None else max(rows, min(larger, reach + ROLLBACK + MARGIN))
 
 
 class _Store:
@@ -78,13 +86,11 @@ class _Store:
         capacity = self.keys.shape[1]
         if rows <= capacity:
             return
-        grown = max(rows, capacity + max(CHUNK, capacity // 4))
-        if self.reach is not None:
-            grown = max(rows, min(grown, self.reach + ROLLBACK + MARGIN))
+        larger_capacity = grown(capacity, rows, self.reach)
         heads, _, head_dim = self.keys.shape
         for name in ("keys", "values"):
             held = getattr(self, name)
-            larger = held.new_empty((heads, grown, head_dim))
+            larger = held.new_empty((heads, larger_capacity, head_dim))
             larger[:, : self.rows] = held[:, : self.rows]
             setattr(self, name, larger)
 
