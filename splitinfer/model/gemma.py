@@ -1,13 +1,6 @@
-"""Gemma 4's text model with its mixture of experts, in one reading. Reference: transformers' `models/gemma4`.
+"""Gemma 4's text model with its mixture of experts: embedding, layers, logits. `model.layers` has the layers.
 
-Shape letters: rows (of all sequences in the step), H hidden_size, N query heads, V key/value heads,
-D head_dim, E num_experts, K top_k_experts, I intermediate sizes.
-
-    x ─ norm ─ attention ─ norm ─ + ─┬─ norm ─ dense MLP ─ norm ──── + ─ norm ─ + ─ × layer_scalar
-                                  x  ├─ router ─ top K ┐             │       x
-                                     └─ norm ──────────┴─ experts ─ norm
-
-Everything but attention is row-wise, so several sequences share a step; attention runs per sequence.
+Shape letters: rows (of all sequences in the step), H hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
@@ -19,17 +12,16 @@ import torch
 from torch import Tensor
 
 from splitinfer.errors import UsageError
-from splitinfer.model.attention import Block, Rotation, attend, plan_blocks, rotary_frequencies, rotation
+from splitinfer.model.attention import plan_blocks, rotary_frequencies, rotation
 from splitinfer.model.cache import KVCache
 from splitinfer.model.compute import compute
-from splitinfer.model.config import ModelConfig
 from splitinfer.model.experts import Experts
 from splitinfer.model.front import Front
+from splitinfer.model.layers import DecoderLayer, Part, Step, Weights
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
-from splitinfer.model.quantize import Packed, QuantConfig, format_of, natural_format, quantize
+from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.row_kernels import row_ops
-from splitinfer.model.rows import Routing
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
@@ -41,201 +33,6 @@ class Segment(NamedTuple):
 
     token_ids: Tensor
     cache: KVCache
-
-
-class Routed(NamedTuple):
-    """What the router hands on: the residual and both branches' inputs [rows, H], and the choice: index and
-    weights [rows, K]. The last two are None in a model without experts."""
-
-    residual: Tensor
-    dense_input: Tensor
-    expert_input: Tensor | None
-    chosen: tuple[Tensor, Tensor] | None
-
-
-class _Part(NamedTuple):
-    """One sequence's share of a step: rows `lo` to `hi` of it, from position `start` on."""
-
-    lo: int
-    hi: int
-    start: int
-    cache: KVCache
-    blocks: dict[str, list[Block]]  # by layer type; empty where the kernels attend
-
-
-class _Step(NamedTuple):
-    """What all layers share in a step."""
-
-    parts: list[_Part]
-    rotations: dict[str, Rotation]  # by layer type
-    timeline: Timeline | None
-    front: Front | None
-
-    def leave(self, layer: int) -> None:
-        """The keys and values of `layer` are in the cache."""
-        if self.front is not None:
-            self.front.leave(layer)
-
-    def record(self, phase: str, layer: int, start: float) -> float:
-        """Ends a span that began at `start`; returns the present, where the next may begin."""
-        now = perf_counter()
-        if self.timeline is not None:
-            self.timeline.add(phase, layer, start, now)
-        return now
-
-
-class _Weights:
-    """Takes one prefix's tensors from a checkpoint, in the format that the arithmetic wants."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        prefix: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        quant: QuantConfig,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.prefix = prefix
-        self.device = device
-        self.dtype = dtype
-        self.quant = quant
-
-    def plain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self.checkpoint.tensor(self.prefix + name).to(self.device, dtype or self.dtype)
-
-    def packed(self, name: str, format: str | None) -> Packed:
-        name = f"{self.prefix}{name}.weight"
-        return self.checkpoint.matrix(name, format, floating=format_of(self.dtype))
-
-    def linear(self, format: str | None, *names: str) -> Linear:
-        """Matrices that share their input, as one product."""
-        return Linear(*(self.packed(name, format) for name in names), device=self.device)
-
-    def exact(self, name: str) -> Linear:
-        """A small matrix that no setting rounds."""
-        tensor = self.checkpoint.tensor(f"{self.prefix}{name}.weight")
-        return Linear(quantize(tensor, natural_format(tensor.dtype)), device=self.device)
-
-    def scale(self, name: str) -> Tensor:
-        """A norm's weights."""
-        return self.plain(name + ".weight", torch.float32)
-
-
-class _Attention:
-    """Grouped-query attention with normalised queries, keys and values."""
-
-    def __init__(self, weights: _Weights, config: ModelConfig, layer: int) -> None:
-        shape = config.attention[layer]
-        self.layer = layer
-        self.kind = shape.layer_type
-        self.window = shape.window
-        self.heads = config.num_attention_heads
-        self.kv_heads = shape.num_key_value_heads
-        self.head_dim = shape.head_dim
-        self.eps = config.rms_norm_eps
-        projections = ["q_proj", "k_proj"] if shape.k_eq_v else ["q_proj", "k_proj", "v_proj"]
-        self.projections = weights.linear(
-            weights.quant.attention, *(f"self_attn.{name}" for name in projections)
-        )
-        q_norm = weights.plain("self_attn.q_norm.weight", torch.float32)
-        k_norm = weights.plain("self_attn.k_norm.weight", torch.float32)
-        # One factor per head for queries and keys together [N + V, D]: one product where there would be two.
-        self.qk_scale = torch.cat((q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)))
-        self.output = weights.linear(weights.quant.attention, "self_attn.o_proj")
-        self.kernels = kernels() if weights.device.type == "cpu" and weights.dtype in DTYPES else None
-        self.ops = row_ops(weights.device, weights.dtype)
-        self.norm = weights.scale("input_layernorm")
-
-    def __call__(self, x: Tensor, step: _Step) -> Tensor:
-        """x [rows, H] to [rows, N * D], before the output projection; appends to every part's cache."""
-        # N + V + V heads, or N + V where keys are values; these have a norm without weight and do not turn.
-        turned, values = self.ops.attention_in(
-            x, self.norm, self.eps, self.projections, self.qk_scale, self.kv_heads, *step.rotations[self.kind]
-        )
-        attended = []
-        for part in step.parts:
-            keys, seen_values = part.cache.append(
-                self.layer,
-                part.start,
-                turned[part.lo : part.hi, self.heads :].transpose(0, 1),
-                values[part.lo : part.hi].transpose(0, 1),
-            )
-            queries = turned[part.lo : part.hi, : self.heads]
-            if self.kernels is not None:
-                attended.append(self.kernels.attend(queries, keys, seen_values, self.window))
-            else:
-                attended.append(attend(queries, keys, seen_values, part.blocks[self.kind]))
-        return attended[0] if len(attended) == 1 else torch.cat(attended)
-
-
-class _Layer:
-    """One decoder layer. `route` runs before the experts, `dense` beside them, `combine` after."""
-
-    def __init__(self, weights: _Weights, config: ModelConfig, layer: int) -> None:
-        self.index = layer
-        self.eps = config.rms_norm_eps
-        self.attention = _Attention(weights, config, layer)
-        self.gate_up = weights.linear(weights.quant.dense, "mlp.gate_proj", "mlp.up_proj")
-        self.down = weights.linear(weights.quant.dense, "mlp.down_proj")
-        self.ops = row_ops(weights.device, weights.dtype)
-        self.post_attention_scale = weights.scale("post_attention_layernorm")
-        self.post_feedforward_scale = weights.scale("post_feedforward_layernorm")
-        self.scalar = float(weights.plain("layer_scalar", torch.float32))
-        self.dense_scale = weights.scale("pre_feedforward_layernorm")
-        self.dense_out_scale: Tensor | None = None
-        self.expert_scale: Tensor | None = None
-        self.expert_out_scale: Tensor | None = None
-        self.routing: Routing | None = None
-        if config.enable_moe_block:
-            self.dense_out_scale = weights.scale("post_feedforward_layernorm_1")
-            self.expert_scale = weights.scale("pre_feedforward_layernorm_2")
-            self.expert_out_scale = weights.scale("post_feedforward_layernorm_2")
-            self.routing = Routing(
-                weights.plain("router.scale", torch.float32) * config.hidden_size**-0.5,
-                weights.exact("router.proj"),
-                config.top_k_experts,
-                weights.plain("router.per_expert_scale", torch.float32),
-            )
-
-    def route(self, x: Tensor, step: _Step) -> Routed:
-        """Attention, the choice of experts, and the inputs of both branches.
-
-        The reference has three norms here that differ only in their weights.
-        """
-        start = perf_counter()
-        attended = self.attention(x, step)
-        x, dense_input, expert_input, chosen = self.ops.attention_out(
-            attended,
-            self.attention.output,
-            x,
-            self.post_attention_scale,
-            self.eps,
-            self.dense_scale,
-            self.expert_scale,
-            self.routing,
-        )
-        step.record("attention", self.index, start)
-        return Routed(x, dense_input, expert_input, chosen)
-
-    def dense(self, x: Tensor, step: _Step) -> Tensor:
-        start = perf_counter()
-        x = self.ops.mlp(x, self.gate_up, self.down, self.dense_out_scale, self.eps)
-        step.record("dense", self.index, start)
-        return x
-
-    def combine(self, residual: Tensor, dense: Tensor, moe: Tensor | None, step: _Step) -> Tensor:
-        start = perf_counter()
-        x = self.ops.combine(
-            residual, dense, moe, self.expert_out_scale, self.post_feedforward_scale, self.eps, self.scalar
-        )
-        step.record("combine", self.index, start)
-        return x
-
-    def without_experts(self, x: Tensor, step: _Step) -> Tensor:
-        """The whole layer of a model that has no mixture of experts."""
-        to = self.route(x, step)
-        return self.combine(to.residual, self.dense(to.dense_input, step), None, step)
 
 
 class Gemma:
@@ -256,7 +53,7 @@ class Gemma:
         self.experts = experts
         self.device = device
         self.dtype = dtype
-        weights = _Weights(checkpoint, "", device, dtype, quant)
+        weights = Weights(checkpoint, "", device, dtype, quant)
         self._ops = row_ops(device, dtype)
         self._final_scale = weights.scale("norm")
         tied = config.tie_word_embeddings
@@ -267,7 +64,7 @@ class Gemma:
         # The reference rounds the factor to the weights' dtype: 53.0 for 53.07 in bfloat16.
         self._embedding_scale = float(torch.tensor(config.hidden_size**0.5, dtype=dtype))
         self._layers = [
-            _Layer(_Weights(checkpoint, f"layers.{i}.", device, dtype, quant), config, i)
+            DecoderLayer(Weights(checkpoint, f"layers.{i}.", device, dtype, quant), config, i)
             for i in range(config.num_hidden_layers)
         ]
         self._masks = device.type != "cpu" or dtype not in DTYPES or kernels() is None
@@ -349,7 +146,7 @@ class Gemma:
             timeline.add("head", -1, start, perf_counter())
         return logits
 
-    async def _layer(self, layer: _Layer, x: Tensor, step: _Step) -> Tensor:
+    async def _layer(self, layer: DecoderLayer, x: Tensor, step: Step) -> Tensor:
         rows = len(x)
         if self.experts is None:
             x = await compute(rows, layer.without_experts, x, step)
@@ -395,7 +192,7 @@ class Gemma:
         segments: Sequence[Segment],
         timeline: Timeline | None,
         front: Front | None,
-    ) -> _Step:
+    ) -> Step:
         parts, positions, lo = [], [], 0
         for (cache, start), segment in zip(starts, segments, strict=True):
             n = len(segment.token_ids)
@@ -403,9 +200,9 @@ class Gemma:
             for kind, shape in self._kinds.items() if self._masks else ():
                 group = self.config.num_attention_heads // shape.num_key_value_heads
                 blocks[kind] = plan_blocks(start, n, shape.window, group, self.dtype, self.device)
-            parts.append(_Part(lo, lo + n, start, cache, blocks))
+            parts.append(Part(lo, lo + n, start, cache, blocks))
             positions.append(torch.arange(start, start + n, device=self.device))
             lo += n
         where = positions[0] if len(positions) == 1 else torch.cat(positions)
         rotations = {kind: rotation(f, where) for kind, f in self._frequencies.items()}
-        return _Step(parts, rotations, timeline, front)
+        return Step(parts, rotations, timeline, front)
