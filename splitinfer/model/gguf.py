@@ -8,7 +8,7 @@
 | Q4_1, Q4_K, Q3_K, ...  | int4, by way of float32 (needs the `gguf` package)                         |
 | Q5_0, Q5_K, Q6_K, ...  | int8 with scales per 32 columns, likewise                                  |
 
-A format that is asked for by name is reached by way of float32. Tokenizer and chat template come from the
+Another format is reached by way of float32 when asked for by name. Tokenizer and chat template come from the
 metadata too, see `splitinfer.model.gguf_tokenizer`. Gemma 3 has other arithmetic and is refused.
 """
 
@@ -138,9 +138,9 @@ class GgufCheckpoint(Checkpoint):
         kind = self.entry(name).dtype
         if kind in FLOATS:
             return 0, format or natural_format(FLOATS[kind])
-        chosen = format or FORMATS[kind]
-        by_group = chosen == "int8" or kind == "Q4_0"
-        return (GROUP if format is None and by_group else 0), chosen
+        if format not in (None, FORMATS[kind]):
+            return 0, format
+        return (GROUP if FORMATS[kind] == "int8" or kind == "Q4_0" else 0), FORMATS[kind]
 
     def matrix(self, name: str, format: str | None = None, *, floating: str | None = None) -> Packed:
         if self.entry(name).dtype in FLOATS:
@@ -220,17 +220,19 @@ class GgufCheckpoint(Checkpoint):
             floating = self._floating(name, rows)
             return quantize(floating, format or natural_format(floating.dtype))
         raw = self.file.rows(gguf_name(name))[rows]
-        if kind == "Q4_0" and format is None:
+        if format not in (None, FORMATS[kind]):
+            return quantize(_widened(raw, kind, self.path), format)
+        if kind == "Q4_0":
             return _from_q4_0(raw, columns)
-        if kind == "Q8_0" and format is None:
+        if kind == "Q8_0":
             return _from_q8_0(raw, columns)
         wide = _widened(raw, kind, self.path)
-        if format is None and FORMATS[kind] == "int8":
+        if FORMATS[kind] == "int8":
             groups = wide.view(len(wide), -1, GROUP)
             scales = (groups.abs().amax(-1, keepdim=True) / 127).to(torch.float16)
             steps = (groups / torch.where(scales == 0, 1.0, scales.float())).round_().clamp_(-127, 127)
             return pack_int8(steps.flatten(1), scales.squeeze(-1))
-        return quantize(wide, format or FORMATS[kind])
+        return quantize(wide, FORMATS[kind])
 
 
 def _blocks(raw: Tensor, kind: str) -> tuple[Tensor, Tensor]:

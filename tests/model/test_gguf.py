@@ -81,6 +81,9 @@ def test_quantised_weights_are_taken_as_they_are(
     assert torch.equal(down.widen(), expected["layers.1.experts.down_proj"][7])
     assert torch.equal(file.expert_slice(1, 7, 9)[1], expected["layers.1.experts.down_proj"][7:9])
     assert ExpertBank(file, {0: (1,)}).weight_format == format
+    # Asked for by name it is the same: no second rounding.
+    assert torch.equal(file.matrix("layers.0.self_attn.q_proj.weight", format).weight, packed.weight)
+    assert file.stored_as("layers.0.self_attn.q_proj.weight", format) == (packed.group, format)
 
 
 @pytest.mark.parametrize(
