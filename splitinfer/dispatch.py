@@ -28,6 +28,7 @@ from splitinfer.errors import (
     PlacementError,
     RemoteProtocolError,
 )
+from splitinfer.exact_nodes import check_exact
 from splitinfer.fanout import Owner, Partial, Rows, Share, add_partials, divide, divide_by
 from splitinfer.lost_nodes import gone, late, naming, still_holds
 from splitinfer.placement import Columns, Holding, Placement
@@ -95,8 +96,15 @@ class RemoteExperts:
     Open with `await RemoteExperts.connect(...)`; close with `await close()`.
     """
 
-    def __init__(self, channels: dict[str, transport.Channel], placement: Placement, timeout: float) -> None:
+    def __init__(
+        self,
+        channels: dict[str, transport.Channel],
+        placement: Placement,
+        timeout: float,
+        exact: bool = False,
+    ) -> None:
         self.placement = placement
+        self._exact = exact
         self.nodes = [
             NodeInfo(address, holding)
             for address, holding in zip(placement.addresses, placement.holdings, strict=True)
@@ -119,12 +127,14 @@ class RemoteExperts:
         fingerprint: str,
         timeout: float,
         config: transport.ClientConfig | None = None,
+        exact: str | None = None,
     ) -> RemoteExperts:
         """Connect to all nodes at once, ask what each holds, and check coverage before the first token.
 
         `columns` is the model's moe_intermediate_size, `timeout` the deadline of one expert call in seconds.
-        Raises `PlacementError` for gaps, conflicts and other models, and what `transport.connect` raises,
-        naming the node.
+        `exact`, the name of this machine's arithmetic, has all nodes compute by the same and answer in fixed
+        point. Raises `PlacementError` for gaps, conflicts and other models, and what `transport.connect`
+        raises, naming the node.
         """
         unique = list(dict.fromkeys(addresses))
         opened = await asyncio.gather(
@@ -149,7 +159,9 @@ class RemoteExperts:
                 columns=columns,
                 fingerprint=fingerprint,
             )
-            return cls(channels, placement, timeout)
+            if exact is not None:
+                check_exact(placement, exact)
+            return cls(channels, placement, timeout, exact is not None)
         except BaseException:
             await asyncio.gather(*(channel.close() for channel in channels.values()))
             raise
@@ -181,7 +193,8 @@ class RemoteExperts:
 
         `top_k_index` [rows, k] names experts, `top_k_weights` [rows, k] (float32) weighs them. The result has
         the shape and dtype of `x`. A node answers in the dtype of `x` when it is the only one asked (the sum
-        is rounded once, there) and in float32 when several add up (rounded once, here).
+        is rounded once, there), in float32 when several add up (rounded once, here), and in fixed point where
+        sums have to be exact.
 
         Awaiting raises `PlacementError` when every holder of an expert is gone, and the node's own error
         otherwise. A missing answer is never replaced by zeros.
@@ -194,7 +207,7 @@ class RemoteExperts:
         if not all(channel.connected for channel in self._channels):
             self._pass_over()
         shares = divide(self._owners[layer], wire)
-        out = _name(wire.x.dtype) if len(shares) == 1 else "float32"
+        out = _name(wire.x.dtype) if len(shares) == 1 and not self._exact else self._wide
         calls = self._send(layer, shares, out, deadline)
         if timeline is not None:
             timeline.add("dispatch", layer, start, perf_counter())
@@ -202,6 +215,11 @@ class RemoteExperts:
                 for call in calls:
                     call.answer.add_done_callback(call.note_time)
         return _Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline, x))
+
+    @property
+    def _wide(self) -> str:
+        """The dtype of partial sums."""
+        return "int64" if self._exact else "float32"
 
     def _avoid(self, nodes: frozenset[int]) -> None:
         """Ask others instead of these `nodes` for a while, wherever there are others."""
@@ -369,9 +387,9 @@ class RemoteExperts:
                 call, error = lost[0]
                 raise gone(*self._asked(call), layer) from error
             await asyncio.sleep(RETRY_PAUSE)
-        # In float32, as partial sums are, whatever was asked before: rounded once, here.
+        # As partial sums, whatever was asked before: rounded once, here.
         shares = [share for owner in owners for share in divide_by(owner, wire)]
-        return self._send(layer, shares, "float32", deadline)
+        return self._send(layer, shares, self._wide, deadline)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -26,6 +26,7 @@ from splitinfer.model.config import ModelConfig
 from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
 from splitinfer.model.gemma import Gemma
 from splitinfer.model.hub import resolve_model
+from splitinfer.model.native import arithmetic
 from splitinfer.model.pipeline import IN_FLIGHT, prefill
 from splitinfer.model.sampling import Sampler, SamplingParams
 from splitinfer.model.tokenizer import StreamDecoder, Tokenizer
@@ -100,6 +101,7 @@ class AsyncEngine:
             check_trace(self.settings.trace)
         config = self.config
         self.context = self.settings.context_of(config)
+        self.settings.check_exact(config)
         self.tokenizer = await loop.run_in_executor(None, Tokenizer.open, self.checkpoint.path)
         use_threads(self.settings.threads)
         device = self.settings.torch_device()
@@ -113,6 +115,7 @@ class AsyncEngine:
                 fingerprint=self.checkpoint.fingerprint,
                 timeout=self.settings.timeout,
                 config=self.settings.transport,
+                exact=arithmetic() if self.settings.exact else None,
             )
         try:
             self._gemma = await loop.run_in_executor(None, self._load, local, kept, device)
@@ -134,7 +137,9 @@ class AsyncEngine:
         settings, dtype = self.settings, self.settings.torch_dtype()
         format = settings.quant_config().experts
         if self._addresses:
-            return local_layers(self.checkpoint, settings.local_layers, settings.local_memory, dtype, format)
+            return local_layers(
+                self.checkpoint, settings.local_layers, settings.local_memory, dtype, format, settings.exact
+            )
         if settings.local_layers is not None or settings.local_memory is not None:
             raise UsageError(
                 "--local-layers and --local-memory say what stays here beside nodes, and there are none",
@@ -142,7 +147,8 @@ class AsyncEngine:
             )
         layers = tuple(range(self.config.num_hidden_layers if self.config.enable_moe_block else 0))
         held = dict.fromkeys(layers, range(self.config.num_experts))
-        return LocalExperts(ExpertBank(self.checkpoint, held, dtype=dtype, format=format)), layers
+        bank = ExpertBank(self.checkpoint, held, dtype=dtype, format=format)
+        return LocalExperts(bank, exact=settings.exact), layers
 
     def _load(self, local: LocalExperts | None, kept: tuple[int, ...], device: str) -> Gemma:
         experts: Experts | None = local or self._experts

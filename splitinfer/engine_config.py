@@ -9,6 +9,7 @@ import torch
 
 from splitinfer import transport
 from splitinfer.errors import UsageError
+from splitinfer.fixed_point import check_parts
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.quantize import QuantConfig
 
@@ -33,6 +34,9 @@ class EngineConfig:
     With nodes, `local_layers` ("0-9") keeps the experts of these layers here, or `local_memory` ("6GiB")
     those of as many layers as fit; the nodes need not hold them.
 
+    `exact` adds up the experts' answers so that the bits of a result do not depend on which nodes hold what,
+    or whether there are any: 8 bytes a value come back instead of 2 or 4 (docs/experts.md).
+
     `trace` names a file that gets, when the engine closes, a time line of all it did (see
     `splitinfer.trace`); every stretch is kept in memory until then, some 300 bytes each.
     """
@@ -49,6 +53,7 @@ class EngineConfig:
     timeout: float = 60.0
     local_layers: str | None = None
     local_memory: str | None = None
+    exact: bool = False
     trace: str | None = None
     draft: str = "auto"
     draft_depth: int | str = "auto"
@@ -83,6 +88,18 @@ class EngineConfig:
             embeddings=self.quant_embeddings,
             lm_head=self.quant_lm_head,
         )
+
+    def check_exact(self, config: ModelConfig) -> None:
+        """Raises UsageError where `exact` is asked for and cannot be had."""
+        if not self.exact:
+            return
+        if self.transport is not None and self.transport.wire_dtype is not None:
+            raise UsageError(
+                f"--exact and --wire-dtype {self.transport.wire_dtype}: rounded rows give other results",
+                remedy="Leave one of them out.",
+            )
+        if config.enable_moe_block:
+            check_parts(config.top_k_experts, config.moe_intermediate_size)
 
     def context_of(self, config: ModelConfig) -> int:
         """The context in tokens. Raises UsageError for more than the model was made for."""

@@ -15,6 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from splitinfer.fixed_point import DTYPE as FIXED
+from splitinfer.fixed_point import from_fixed
+
 __all__ = ["Indices", "Owner", "Partial", "Rows", "Share", "add_partials", "divide", "divide_by"]
 
 Indices = npt.NDArray[np.int64]
@@ -111,7 +114,12 @@ def divide_by(owner: Experts, wire: Rows) -> list[Share]:
 
 
 def add_partials(partials: Sequence[Partial], x: Tensor) -> Tensor:
-    """Partial sums added in node order, in float32, and rounded once to the dtype and shape of `x`."""
+    """Partial sums added in node order, in float32 or fixed point, and rounded once to the dtype of `x`."""
+    if all(partial.sums.dtype is FIXED for partial in partials):
+        exact = torch.zeros(x.shape, dtype=FIXED)
+        for _, rows, sums in partials:
+            exact[slice(None) if rows is None else torch.from_numpy(rows)] += sums
+        return from_fixed(exact, x.dtype)
     if len(partials) == 1 and partials[0].rows is None:
         return partials[0].sums.to(x.dtype)
     ordered = sorted(partials, key=lambda partial: partial.node)

@@ -44,6 +44,7 @@ def local_layers(
     memory: str | None,
     dtype: torch.dtype | None,
     format: str | None = None,
+    exact: bool = False,
 ) -> tuple[LocalExperts | None, tuple[int, ...]]:
     """The layers whose experts stay here: those in `ranges` ("0-9"), or the first ones that fit into `memory`
     ("6GiB"); whole layers, because a round trip vanishes only when all of a layer's experts are here.
@@ -69,4 +70,4 @@ def local_layers(
                 remedy="Give more memory, or leave it out.",
             )
     bank = ExpertBank(checkpoint, dict.fromkeys(layers, everything), dtype=dtype, format=format)
-    return LocalExperts(bank), layers
+    return LocalExperts(bank, exact=exact), layers

@@ -21,6 +21,7 @@ from splitinfer.errors import UsageError
 from splitinfer.model.compute import run, runs_inline, submit, use_threads
 from splitinfer.model.experts import ExpertBank
 from splitinfer.model.hub import resolve_model
+from splitinfer.model.native import arithmetic
 from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.weights import Checkpoint
 from splitinfer.placement import Holding, parse_ranges, parse_slice
@@ -158,7 +159,8 @@ class ExpertNode:
             columns = parse_slice(self._slice, config.moe_intermediate_size, "--slice")
         format = QuantConfig.of(self._quant).experts
         bank = ExpertBank(checkpoint, dict.fromkeys(layers, experts), format=format, columns=columns)
-        return bank, Holding(checkpoint.fingerprint, layers, experts, bank.weight_format, columns)
+        held = (layers, experts, bank.weight_format, columns, arithmetic())
+        return bank, Holding(checkpoint.fingerprint, *held)
 
     def _answer(self, call: transport.Call) -> transport.Reply | Awaitable[transport.Reply]:
         """One expert call. Few rows are answered at once; many leave the loop free to move bytes."""
@@ -208,7 +210,7 @@ class _Request:
             raise UsageError(
                 f"top_k_weights is {weights.dtype} {list(weights.shape)}, not float32 {list(index.shape)}"
             )
-        if out not in ("float32", x.dtype):
+        if out not in ("float32", "int64", x.dtype):
             raise UsageError(f"cannot answer {x.dtype} rows in {out!r}")
         self.layer: int = layer
         self.rows = x.shape[0]

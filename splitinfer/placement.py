@@ -20,7 +20,16 @@ import numpy.typing as npt
 
 from splitinfer.errors import PlacementError, RemoteProtocolError, UsageError
 
-__all__ = ["Columns", "Holding", "Placement", "format_ranges", "parse_ranges", "parse_size", "parse_slice"]
+__all__ = [
+    "SLICE_STEP",
+    "Columns",
+    "Holding",
+    "Placement",
+    "format_ranges",
+    "parse_ranges",
+    "parse_size",
+    "parse_slice",
+]
 
 MAX_ID = 1 << 15  # layer and expert ids travel as int16
 
@@ -123,7 +132,8 @@ class Holding:
     `columns` is the slice held of each expert's intermediate dimension, None for all of it.
 
     `weight_format` is the numeric format of the weights; nodes with different formats do not give the same
-    sums, so they are never replicas of each other.
+    sums, so they are never replicas of each other. `arithmetic` names how the node rounds, "" if it does not
+    say (`model.native.arithmetic`).
     """
 
     fingerprint: str
@@ -131,6 +141,7 @@ class Holding:
     experts: tuple[int, ...]
     weight_format: str
     columns: Columns | None = None
+    arithmetic: str = ""
 
     def __str__(self) -> str:
         layers, experts = format_ranges(self.layers), format_ranges(self.experts)
@@ -146,6 +157,7 @@ class Holding:
             "layers": [list(run) for run in _runs(self.layers)],
             "experts": [list(run) for run in _runs(self.experts)],
             "format": self.weight_format,
+            "arithmetic": self.arithmetic,
         }
 
     @classmethod
@@ -155,10 +167,12 @@ class Holding:
             if info["service"] != "experts":
                 raise ValueError(f"service {info['service']!r}")
             fingerprint, weight_format = info["fingerprint"], info["format"]
-            if not isinstance(fingerprint, str) or not isinstance(weight_format, str):
-                raise TypeError("fingerprint and format are strings")
+            arithmetic = info.get("arithmetic", "")
+            if not all(isinstance(text, str) for text in (fingerprint, weight_format, arithmetic)):
+                raise TypeError("fingerprint, format and arithmetic are strings")
             layers, experts = _expand(info["layers"]), _expand(info["experts"])
-            return cls(fingerprint, layers, experts, weight_format, _columns(info.get("columns")))
+            columns = _columns(info.get("columns"))
+            return cls(fingerprint, layers, experts, weight_format, columns, arithmetic)
         except (KeyError, TypeError, ValueError) as error:
             raise RemoteProtocolError(
                 f"{peer} answers, but not as an expert node ({error})",

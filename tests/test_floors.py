@@ -9,9 +9,9 @@ Each room may import what stands on the same line or below it:
     dispatch  node  drafting        split execution: client, server; several tokens per step
     batching                        many sequences per step
     mixed                           some layers here, the others on nodes
-    placement  fanout  trace
+    placement  fanout  trace  exact_nodes
     transport       model  demo     bytes and tensors | mathematics: neither knows the other
-    config  errors  generation  timing
+    config  errors  generation  timing  fixed_point
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ MAY_IMPORT = {
     "errors": set(),
     "timing": set(),
     "generation": {"errors"},
+    "fixed_point": {"errors"},
     "config": {"errors", "demo"},
     "demo": {"errors"},
     "transport": {"errors", "transport"},
-    "model": {"errors", "timing", "model", "demo"},
+    "model": {"errors", "timing", "fixed_point", "model", "demo"},
     "placement": {"errors"},
-    "fanout": set(),
+    "fanout": {"fixed_point"},
+    "exact_nodes": {"errors", "placement"},
     "trace": {"errors", "timing"},
     "lost_nodes": {"errors", "placement"},
-    "dispatch": GROUND | {"transport", "placement", "fanout", "lost_nodes"},
+    "dispatch": GROUND | {"transport", "placement", "fanout", "lost_nodes", "exact_nodes"},
     "node": GROUND | {"transport", "placement", "dispatch", "model"},
     "batching": {"timing", "model"},
     "drafting": {"errors", "timing", "batching", "model"},
     "mixed": {"errors", "timing", "placement", "model"},
     "prompt": {"errors", "model"},
-    "engine_config": {"errors", "transport", "model"},
+    "engine_config": {"errors", "fixed_point", "transport", "model"},
     "engine": GROUND
     | {"transport", "placement", "dispatch", "batching", "drafting", "engine_config", "mixed", "trace"}
     | {"model", "prompt"},

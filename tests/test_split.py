@@ -51,10 +51,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def running(model: Path, parts: Sequence[Part]) -> AsyncIterator[list[ExpertNode]]:
+async def running(model: Path, parts: Sequence[Part], **settings: Any) -> AsyncIterator[list[ExpertNode]]:
     """Such nodes on free ports. The list may be changed; what is in it at the end is stopped."""
     nodes = [
-        ExpertNode(model, experts, layers, slice=slice[0] if slice else None, port=0)
+        ExpertNode(model, experts, layers, slice=slice[0] if slice else None, port=0, **settings)
         for experts, layers, *slice in parts
     ]
     try:

@@ -41,7 +41,7 @@ LINK = (
 )  # fmt: skip
 ENGINE = (
     "device", "dtype", "threads", "context", "draft", "draft_depth", "local_layers", "local_memory",
-    "trace", *QUANT, *LINK,
+    "exact", "trace", *QUANT, *LINK,
 )  # fmt: skip
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
@@ -80,6 +80,14 @@ _SETTINGS: dict[str, Any] = {
     "quant_lm_head": _text("FORMAT", "lm_head, likewise.", _WEIGHTS),
     "local_layers": _text("RANGES", "Keep the experts of these layers here: 0-9.", _WHERE),
     "local_memory": _text("SIZE", "Or those of as many layers as fit: 6GiB.", _WHERE),
+    "exact": Annotated[
+        bool | None,
+        typer.Option(
+            "--exact",
+            help="The same bits whatever nodes hold what: more bytes come back.",
+            rich_help_panel=_WHERE,
+        ),
+    ],
     "trace": _text("FILE", "Write a time line, for chrome://tracing or ui.perfetto.dev.", _WHERE),
     "nodes": Annotated[
         list[str] | None,

@@ -116,8 +116,8 @@ def server_config(settings: Settings) -> ServerConfig:
 def _arguments(settings: Settings) -> dict[str, Any]:
     """The arguments of both engines beside the model."""
     names = (
-        "nodes", "device", "dtype", "threads", "context", "timeout", "local_layers", "local_memory", "draft",
-        "draft_depth", "trace", "quant", "quant_attention", "quant_dense", "quant_embeddings",
+        "nodes", "device", "dtype", "threads", "context", "timeout", "local_layers", "local_memory", "exact",
+        "draft", "draft_depth", "trace", "quant", "quant_attention", "quant_dense", "quant_embeddings",
         "quant_lm_head",
     )  # fmt: skip
     return {name: getattr(settings, name) for name in names} | {"transport": client_config(settings)}

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitinfer.errors import PlacementError
+from splitinfer.fixed_point import DTYPE as FIXED
+from splitinfer.fixed_point import from_fixed, out_of_range
 from splitinfer.model.compute import run, runs_inline, submit
+from splitinfer.model.exact import expert_in_fixed_point
 from splitinfer.model.linear import Linear, matrix_of
 from splitinfer.model.native import DTYPES, Matrix, kernels
 from splitinfer.model.quantize import Packed, format_of
@@ -123,8 +126,9 @@ class ExpertBank:
         """Weighted sum [rows, H] over the experts held, of x [rows, H].
 
         `top_k_index` [rows, K] of any integer dtype, -1 for an expert held elsewhere; `top_k_weights`
-        [rows, K]. Sums in float32 by ascending expert and rounds once, to `out_dtype` (default: x's).
-        Raises PlacementError for an expert that is not held.
+        [rows, K]. Sums in float32 by ascending expert and rounds once, to `out_dtype` (default: x's); for
+        int64 the sums are in fixed point, of which those over several banks add up exactly. Raises
+        PlacementError for an expert that is not held, SplitinferError where fixed point does not reach.
         """
         out_dtype = out_dtype or x.dtype
         held = self._layers.get(layer)
@@ -132,8 +136,9 @@ class ExpertBank:
             raise PlacementError(f"layer {layer} is not held here")
         if not len(x):
             return x.to(out_dtype)
-        if self._kernels is None or not {x.dtype, out_dtype} <= set(DTYPES):
-            return self._forward(held, layer, x, top_k_index, top_k_weights).to(x.device, out_dtype)
+        if self._kernels is None or not {x.dtype, out_dtype} <= {*DTYPES, FIXED}:
+            forward = self._forward_fixed if out_dtype is FIXED else self._forward
+            return forward(held, layer, x, top_k_index, top_k_weights).to(x.device, out_dtype)
         try:
             return self._kernels.experts(
                 held.gate_up,
@@ -145,6 +150,8 @@ class ExpertBank:
             )
         except KeyError as error:
             raise _not_held(int(error.args[0]), layer) from None
+        except OverflowError:
+            raise out_of_range() from None
 
     def _forward(
         self, held: _Layer, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -166,12 +173,29 @@ class ExpertBank:
             total.index_add_(0, rows, part)
         return total
 
+    def _forward_fixed(
+        self, held: _Layer, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """In fixed point, on the CPU."""
+        total = torch.zeros(x.shape, dtype=FIXED)
+        source, k = x.cpu(), top_k_index.shape[-1]
+        flat_weights = top_k_weights.to("cpu", torch.float32).flatten()
+        for expert, places in _by_expert(top_k_index).items():
+            if expert not in held.packed:
+                raise _not_held(expert, layer)
+            place = torch.tensor(places)
+            rows = place // k
+            part = expert_in_fixed_point(*held.packed[expert], source[rows], flat_weights[place])
+            total.index_add_(0, rows, part)
+        return total
+
 
 class LocalExperts:
-    """Experts over a bank that holds all of them."""
+    """Experts over a bank that holds all of them. With `exact` they are added as nodes would do it then."""
 
-    def __init__(self, bank: ExpertBank) -> None:
+    def __init__(self, bank: ExpertBank, *, exact: bool = False) -> None:
         self.bank = bank
+        self._exact = exact
 
     def dispatch(
         self,
@@ -189,7 +213,9 @@ class LocalExperts:
         self, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, timeline: Timeline | None
     ) -> Tensor:
         start = perf_counter()
-        routed = self.bank.forward(layer, x, top_k_index, top_k_weights)
+        routed = self.bank.forward(layer, x, top_k_index, top_k_weights, FIXED if self._exact else None)
+        if self._exact:
+            routed = from_fixed(routed, x.dtype)
         if timeline is not None:
             timeline.add("experts", layer, start, perf_counter())
         return routed

@@ -96,6 +96,19 @@ class Packed:
     def nbytes(self) -> int:
         return self.weight.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
+    def columns(self, low: int, high: int) -> Packed:
+        """Columns `low` to `high` - 1 with the scales they have here: of int4 whole groups from `low` on,
+        of int8 scaled by channel."""
+        part = replace(self, in_features=high - low, weight=self.weight[:, low:high].contiguous())
+        if self.format == "int8":
+            return replace(part, group=high - low)
+        if self.format == "int4":
+            assert self.scales is not None
+            first, last = low // GROUP, -(-high // GROUP)
+            weight = self.weight[:, first * 4 : last * 4].contiguous()
+            return replace(part, weight=weight, scales=self.scales[:, first:last].contiguous())
+        return part
+
     def widen(self, rows: Tensor | None = None) -> Tensor:
         """The weights as float32 [out, in], or those of the channels `rows` [n] int64 only."""
         if self.format == "int4":

@@ -18,7 +18,7 @@ import torch
 from splitinfer.errors import CheckpointError, UnsupportedModelError, UsageError
 from splitinfer.model.config import ModelConfig, load_config, read_json
 from splitinfer.model.mapped import DTYPES, MappedFile, TensorEntry
-from splitinfer.model.quantize import Packed, natural_format, piece_rows, quantize
+from splitinfer.model.quantize import GROUP, Packed, natural_format, piece_rows, quantize
 
 __all__ = ["Checkpoint", "canonical_name", "expected_tensors"]
 
@@ -214,12 +214,20 @@ class Checkpoint:
             if columns is not None:
                 low, high = columns
                 gate_up = torch.cat([half[low:high] for half in gate_up.chunk(2)])
-                down = down[:, low:high]
-            packed = quantize(gate_up, chosen), quantize(down, chosen)
+            packed = quantize(gate_up, chosen), self._part(down, chosen, columns)
             if columns is not None or packed[0].weight.data_ptr() != gate_up.data_ptr():
                 self._release(f"layers.{layer}.experts.gate_up_proj")
                 self._release(f"layers.{layer}.experts.down_proj")
             yield packed
+
+    def _part(self, down: torch.Tensor, format: str, columns: tuple[int, int] | None) -> Packed:
+        """down_proj or columns of it, which are rounded as the whole is: slices add up to it."""
+        if columns is None:
+            return quantize(down, format)
+        low, high = columns
+        if format == "int4" and low % GROUP:
+            return quantize(down[:, low:high], format)
+        return quantize(down, format).columns(low, high)
 
     def small_files(self) -> dict[str, bytes]:
         """The configuration's and tokenizer's files by name: what a shard needs beside weights."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitinfer.errors import PlacementError, UsageError
+from splitinfer.errors import PlacementError, SplitinferError, UsageError
+from splitinfer.fixed_point import from_fixed
 from splitinfer.model.compute import INLINE_ROWS
 from splitinfer.model.experts import ExpertBank, LocalExperts
 from splitinfer.model.weights import Checkpoint
@@ -65,6 +66,48 @@ def test_slices_sum_to_the_whole(checkpoint: Checkpoint, rows: int, format: str 
     expected = whole.forward(LAYER, x, index, weights)
     tolerance = {None: 1e-5, "bfloat16": 1e-5, "int8": 0.05, "int4": 0.5}[format]
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    config = tiny_config(moe_intermediate_size=104, hidden_size=72)
+    return Checkpoint.open(write_checkpoint(tmp_path_factory.mktemp("experts") / "wide", config))
+
+
+@pytest.mark.parametrize("rows", [1, 9, 60])
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
+def test_fixed_point_sums_are_exact(wide: Checkpoint, rows: int, format: str) -> None:
+    """Bit for bit, over parts by expert and by slice, whatever rows are beside."""
+    _, index, weights = routing(rows, k=4)
+    x = torch.randn(rows, 72, generator=torch.Generator().manual_seed(1))
+    whole = ExpertBank(wide, {LAYER: range(EXPERTS)}, format=format)
+    expected = whole.forward(LAYER, x, index, weights, torch.int64)
+    near = whole.forward(LAYER, x, index, weights)
+    torch.testing.assert_close(from_fixed(expected, torch.float32), near, atol=1e-5, rtol=1e-5)
+    parts = [(range(5), (32, 104)), (range(5), (0, 32)), (range(5, 11), None)]
+    total = torch.zeros_like(expected)
+    for ids, columns in parts:
+        bank = ExpertBank(wide, {LAYER: ids}, format=format, columns=columns)
+        own = torch.where(torch.isin(index, torch.tensor(ids)), index, -1)
+        total += bank.forward(LAYER, x, own, weights, torch.int64)
+    assert torch.equal(total, expected)
+    alone = [
+        whole.forward(LAYER, x[i : i + 1], index[i : i + 1], weights[i : i + 1], torch.int64)
+        for i in range(rows)
+    ]
+    assert torch.equal(torch.cat(alone), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e7])
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
+def test_what_fixed_point_cannot_hold_raises(wide: Checkpoint, format: str, value: float) -> None:
+    """One row of many, one channel of it."""
+    x, index, weights = torch.randn(7, 72), *routing(7)[1:]
+    x[5, 11] = value
+    bank = ExpertBank(wide, {LAYER: range(EXPERTS)}, format=format)
+    with pytest.raises(SplitinferError, match="too large to be added exactly"):
+        bank.forward(LAYER, x, index, weights, torch.int64)
+    bank.forward(LAYER, x[:5], index[:5], weights[:5], torch.int64)
 
 
 @pytest.mark.parametrize("rows", [1, 9])

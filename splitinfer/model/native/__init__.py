@@ -29,13 +29,23 @@ from torch import Tensor
 
 from splitinfer.errors import CapacityError, ConfigError
 
-__all__ = ["DTYPES", "FORMAT_CODES", "Kernels", "Matrix", "is_bfloat16", "kernels", "no_memory"]
+__all__ = [
+    "DTYPES",
+    "FORMAT_CODES",
+    "Kernels",
+    "Matrix",
+    "arithmetic",
+    "is_bfloat16",
+    "kernels",
+    "no_memory",
+]
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "SPLITINFER_KERNELS"
-SOURCES = ("products.c", "experts.c", "attention.c", "rows.c")
-HEADERS = ("vectors.h", "products.h")
+TORCH = "torch"  # what `arithmetic` begins with where there are no kernels
+SOURCES = ("products.c", "experts.c", "exact.c", "attention.c", "rows.c")
+HEADERS = ("vectors.h", "products.h", "widen.h")
 # No contraction: the only fused operations are the written ones, so that every tile rounds alike.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
 BUILD_TIMEOUT = 120.0  # seconds; it takes about five
@@ -61,6 +71,8 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
+        library.splitinfer_vectors.restype = ctypes.c_char_p
+        self.vectors: str = library.splitinfer_vectors().decode()
         pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         self._product = library.splitinfer_product
         self._product.argtypes = [pointer, integer, pointer, integer, size, pointer, integer, integer]
@@ -91,18 +103,22 @@ class Kernels:
     ) -> Tensor:
         """Weighted sum [rows, H] of the experts that index [rows, K] int64 names; weights float32.
 
-        -1 is left out. Raises KeyError, with the expert, for one without a matrix.
+        `out` is float32, bfloat16, or int64 for fixed point (see `model.exact`). -1 is left out. Raises
+        KeyError, with the expert, for one without a matrix, and OverflowError for a fixed sum out of range.
         """
+        kind = 2 if out.dtype is torch.int64 else int(is_bfloat16(out))
         if index.dtype != torch.int64 or weights.dtype != torch.float32:
             raise TypeError(f"top_k_index is {index.dtype}, top_k_weights {weights.dtype}")
         wrong = ctypes.c_int64()
         failed = self._experts(
             ctypes.addressof(gate_up), ctypes.addressof(down), len(gate_up), x.data_ptr(), is_bfloat16(x),
-            len(x), index.data_ptr(), weights.data_ptr(), index.shape[-1], out.data_ptr(), is_bfloat16(out),
+            len(x), index.data_ptr(), weights.data_ptr(), index.shape[-1], out.data_ptr(), kind,
             ctypes.addressof(wrong), torch.get_num_threads(),
         )  # fmt: skip
         if failed == -1:
             raise no_memory(len(x))
+        if failed == 2:
+            raise OverflowError
         if failed:
             raise KeyError(wrong.value)
         return out
@@ -161,6 +177,22 @@ def kernels() -> Kernels | None:
         return None
 
 
+@cache
+def arithmetic() -> str:
+    """How this machine rounds: where this is the same, the same experts give the same bits."""
+    built = kernels()
+    if built is None:
+        return f"{TORCH} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+    return f"c {_source_digest().hexdigest()[:8]} {built.vectors}"
+
+
+def _source_digest() -> hashlib.blake2b:
+    digest = hashlib.blake2b(digest_size=12)
+    for name in (*SOURCES, *HEADERS):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest
+
+
 def _reason(error: Exception) -> str:
     text: Any = getattr(error, "stderr", None) or str(error)
     return (text.decode(errors="replace") if isinstance(text, bytes) else text).strip().splitlines()[0]
@@ -168,10 +200,7 @@ def _reason(error: Exception) -> str:
 
 def _built(compiler: str) -> Path:
     """The library for this processor, compiler and source, from the cache or built into it."""
-    here = Path(__file__).parent
-    digest = hashlib.blake2b(digest_size=12)
-    for name in (*SOURCES, *HEADERS):
-        digest.update((here / name).read_bytes())
+    here, digest = Path(__file__).parent, _source_digest()
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_TIMEOUT, check=True)
     digest.update(b"\0".join([version.stdout, " ".join(FLAGS).encode(), _processor().encode()]))
     directory = _private_directory()

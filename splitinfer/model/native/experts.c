@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+enum { SUM_FLOAT32, SUM_BFLOAT16, SUM_FIXED }; /* what the sums are written as */
+
 typedef struct {
     float *memory;        /* all that follows lies in here */
     Rows source, hidden;  /* x [rows, H] and the activations [places, I], as the products want them */
@@ -75,13 +77,14 @@ static void gate_and_up(const Plan *p, const Matrix *matrices, int64_t used, int
         memcpy(p->gate_up + (first + i) * n + unit * UNIT, part + i * UNIT, (size_t)channels * 4);
 }
 
-static void activate(const Plan *p, const Matrix *down, int64_t place) {
+/* gelu(gate) * up of one place, times `weight`. */
+static void activate(const Plan *p, const Matrix *down, int64_t place, float weight) {
     const int64_t inner = down->k;
     const float *gate = p->gate_up + place * 2 * inner, *up = gate + inner;
     float *to = p->hidden.x + place * p->hidden.stride;
     int64_t i = 0;
-    for (; i + VL <= inner; i += VL) store(to + i, gelu(load(gate + i)) * load(up + i));
-    for (; i < inner; i++) to[i] = (gelu(all(gate[i])) * all(up[i]))[0];
+    for (; i + VL <= inner; i += VL) store(to + i, gelu(load(gate + i)) * load(up + i) * all(weight));
+    for (; i < inner; i++) to[i] = (gelu(all(gate[i])) * all(up[i]))[0] * weight;
     memset(to + inner, 0, (size_t)(p->hidden.stride - inner) * 4);
     prepare_row(down, p->hidden, place);
 }
@@ -112,13 +115,36 @@ static void down_and_sum(const Plan *p, const Matrix *matrices, int64_t n, int64
         write_row(total + r * UNIT, channels, out, out_bfloat16, r * n + unit * UNIT);
 }
 
+/* The same in fixed point, of rows that have their weights already; returns whether a sum left its range. */
+static int down_and_sum_fixed(const Plan *p, const Matrix *matrices, int64_t n, int64_t used, int64_t unit,
+                              int64_t rows, uint64_t *total, uint64_t *out) {
+    const int64_t channels = smaller(UNIT, n - unit * UNIT);
+    int wrong = 0;
+    memset(total, 0, (size_t)(rows * UNIT) * 8);
+    for (int64_t u = 0; u < used; u++) {
+        const int32_t e = p->used[u];
+        for (int64_t first = p->begin[e]; first < p->begin[e + 1]; first += CHUNK) {
+            int64_t count = smaller(CHUNK, p->begin[e + 1] - first);
+            Rows hidden = p->hidden;
+            hidden.x += first * hidden.stride;
+            hidden.sums += first * hidden.groups;
+            uint64_t *sums[CHUNK];
+            for (int64_t i = 0; i < count; i++) sums[i] = total + p->row[first + i] * UNIT;
+            wrong |= unit_fixed(matrices + e, hidden, count, unit, sums);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) memcpy(out + r * n + unit * UNIT, total + r * UNIT, (size_t)channels * 8);
+    return wrong;
+}
+
 /* out [rows, H] = sum over k of weights[row, k] * expert index[row, k] (x [rows, H]), an index of -1 left out.
    `gate_up` and `down` are tables of `experts` matrices, [2 I, H] and [H, I], all of one format each; without
-   a weight where the expert is not held. Sums by ascending expert. x and out are float32 or bfloat16.
-   Returns 0, -1 without memory, or 1 with the first expert that is not held in `wrong`. */
+   a weight where the expert is not held. x is float32 or bfloat16, out one of SUM_*; floating sums go by
+   ascending expert, fixed ones are int64, in steps of 2^-36. Returns 0, -1 without memory, 1 with the first expert
+   that is not held in `wrong`, or 2 where a fixed sum left its range. */
 int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t experts, const void *x,
                        int x_bfloat16, int64_t rows, const int64_t *index, const float *weights, int64_t k,
-                       void *out, int out_bfloat16, int64_t *wrong, int threads) {
+                       void *out, int out_kind, int64_t *wrong, int threads) {
     const Matrix *first = gate_up;
     while (!first->weight && first < gate_up + experts - 1) first++;
     const Matrix *second = down + (first - gate_up);
@@ -131,10 +157,10 @@ int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t expert
         return 1;
     }
     const int64_t held = plan.begin[experts], pieces = plan.piece[used] * units_of(first->n);
-    int failed = 0;
+    int failed = 0, out_of_range = 0;
 #pragma omp parallel num_threads(threads) if (held * width * first->n > PARALLEL_FROM)
     {
-        float *total = aligned_alloc(64, (size_t)(rows * UNIT) * 4);
+        void *total = aligned_alloc(64, (size_t)(rows * UNIT) * 8);
         if (!total) failed = 1;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
@@ -144,13 +170,16 @@ int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t expert
 #pragma omp for schedule(dynamic)
         for (int64_t piece = 0; piece < pieces; piece++) gate_and_up(&plan, gate_up, used, piece);
 #pragma omp for schedule(static)
-        for (int64_t place = 0; place < held; place++) activate(&plan, second, place);
-#pragma omp for schedule(dynamic)
+        for (int64_t place = 0; place < held; place++)
+            activate(&plan, second, place, out_kind == SUM_FIXED ? weights[plan.order[place]] : 1.0f);
+#pragma omp for schedule(dynamic) reduction(| : out_of_range)
         for (int64_t unit = 0; unit < units_of(second->n); unit++)
-            if (total)
-                down_and_sum(&plan, down, second->n, used, unit, rows, weights, total, out, out_bfloat16);
+            if (total && out_kind == SUM_FIXED)
+                out_of_range |= down_and_sum_fixed(&plan, down, second->n, used, unit, rows, total, out);
+            else if (total)
+                down_and_sum(&plan, down, second->n, used, unit, rows, weights, total, out, out_kind == SUM_BFLOAT16);
         free(total);
     }
     free(plan.memory);
-    return failed ? -1 : 0;
+    return failed ? -1 : out_of_range ? 2 : 0;
 }

@@ -1,5 +1,5 @@
 /* Products of weight matrices with rows, in every format. See products.h. */
-#include "products.h"
+#include "widen.h"
 
 #include <stdlib.h>
 
@@ -28,16 +28,6 @@ void prepare_row(const Matrix *m, Rows rows, int64_t row) {
 
 /* Words are loaded again for every nibble: held in registers they would push the sums out of them. */
 #define AGAIN __asm__ volatile("" ::: "memory")
-
-enum { NV = 16 / VL }; /* vectors in a block of 16 channels */
-
-INLINE vf nibbles(vu word, int j) {
-    if (j == 7) return from_integers((vi)(word >> 28));
-    return from_integers((vi)(word & (15u << 4 * j)));
-}
-
-/* Halves of a group's scales: factors and offsets of 16 channels, or factors alone. */
-INLINE int64_t scale_halves(const Matrix *m) { return m->group ? 16 : 32; }
 
 INLINE void scaled(const uint16_t *scales, int64_t halves, int v, float sum, vf acc, vf *total) {
     vf factor = load_float16(scales + v * VL);
@@ -133,23 +123,6 @@ static void int4_unit(const Matrix *m, Rows rows, const int32_t *which, int64_t 
 }
 
 /* ---- float32, bfloat16, int8: a vector holds columns, its lanes are added at the end ---- */
-
-INLINE vf widened(const int format, const void *w, int64_t i) {
-    if (format == FLOAT32) return load((const float *)w + i);
-    if (format == BFLOAT16) return load_bfloat16((const uint16_t *)w + i);
-    return load_int8((const int8_t *)w + i);
-}
-
-INLINE vf widened_end(const int format, const void *w, int64_t i, int64_t count) { /* fewer than VL columns */
-    float end[VL];
-    memset(end, 0, sizeof end);
-    for (int64_t c = 0; c < count; c++) {
-        if (format == FLOAT32) end[c] = ((const float *)w)[i + c];
-        else if (format == BFLOAT16) end[c] = one_bfloat16(((const uint16_t *)w)[i + c]);
-        else end[c] = ((const int8_t *)w)[i + c];
-    }
-    return load(end);
-}
 
 /* R rows, C channels from channel n on. */
 INLINE void dot_tile(const int format, const int R, const int C, const Matrix *m, Rows rows,

@@ -64,6 +64,10 @@ void prepare_row(const Matrix *m, Rows rows, int64_t row);
    out [count, UNIT]. Channels beyond n hold nothing of meaning. */
 void unit_product(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out);
 
+/* Adds the product of row i with this unit of channels to sums[i] [UNIT], in fixed point (exact.c), for `count` <=
+   CHUNK rows. Returns whether a part was NaN or out of range. */
+int unit_fixed(const Matrix *m, Rows rows, int64_t count, int64_t unit, uint64_t *const *sums);
+
 /* Every piece of the product of prepared rows with `count` matrices, their outputs side by side in
    out [rows, sum of n]; shared by the team of threads that calls it. */
 void product_pieces(const Matrix *matrices, int count, Rows prepared, int64_t rows, void *out, int out_bfloat16);
