@@ -31,8 +31,9 @@ class RandomCheckpoint:
     dtype = torch.bfloat16
 
     def __init__(self, layers: int, experts: int = 128, vocab: int = 262_144, distinct: int = 6) -> None:
+        self.table = text_config(layers, experts, vocab)
         with tempfile.TemporaryDirectory() as directory:
-            (Path(directory) / "config.json").write_text(json.dumps(text_config(layers, experts, vocab)))
+            (Path(directory) / "config.json").write_text(json.dumps(self.table))
             self.config: ModelConfig = load_config(directory)
         self.shapes = dict(expected_tensors(self.config))
         self.distinct = distinct

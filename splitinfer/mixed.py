@@ -15,7 +15,7 @@ from splitinfer.model.weights import Checkpoint
 from splitinfer.placement import parse_ranges, parse_size
 from splitinfer.timing import Timeline
 
-__all__ = ["MixedExperts", "local_layers"]
+__all__ = ["MixedExperts", "chosen_layers", "local_layers"]
 
 
 class MixedExperts:
@@ -46,6 +46,22 @@ def local_layers(
     format: str | None = None,
     exact: bool = False,
 ) -> tuple[LocalExperts | None, tuple[int, ...]]:
+    """The experts of `chosen_layers`, loaded, and these layers; None where there are none."""
+    layers = chosen_layers(checkpoint, ranges, memory, dtype, format)
+    if not layers:
+        return None, ()
+    everything = range(checkpoint.config.num_experts)
+    bank = ExpertBank(checkpoint, dict.fromkeys(layers, everything), dtype=dtype, format=format)
+    return LocalExperts(bank, exact=exact), layers
+
+
+def chosen_layers(
+    checkpoint: Checkpoint,
+    ranges: str | None,
+    memory: str | None,
+    dtype: torch.dtype | None,
+    format: str | None = None,
+) -> tuple[int, ...]:
     """The layers whose experts stay here: those in `ranges` ("0-9"), or the first ones that fit into `memory`
     ("6GiB"); whole layers, because a round trip vanishes only when all of a layer's experts are here.
 
@@ -55,19 +71,15 @@ def local_layers(
     if ranges is not None and memory is not None:
         raise UsageError("--local-layers and --local-memory both choose layers", remedy="Give one of them.")
     if not config.enable_moe_block or (ranges is None and memory is None):
-        return None, ()
-    everything = range(config.num_experts)
+        return ()
     if ranges is not None:
-        layers = parse_ranges(ranges, config.num_hidden_layers, "--local-layers")
-    else:
-        room = parse_size(memory or "", "--local-memory")
-        sizes = Sizes.of(checkpoint, quant=QuantConfig(experts=format), dtype=dtype)
-        one = sizes.experts([0])
-        layers = tuple(range(min(config.num_hidden_layers, room // one)))
-        if not layers:
-            raise UsageError(
-                f"--local-memory {memory} holds no layer: the experts of one take {one / 2**30:.2f} GiB",
-                remedy="Give more memory, or leave it out.",
-            )
-    bank = ExpertBank(checkpoint, dict.fromkeys(layers, everything), dtype=dtype, format=format)
-    return LocalExperts(bank, exact=exact), layers
+        return parse_ranges(ranges, config.num_hidden_layers, "--local-layers")
+    room = parse_size(memory or "", "--local-memory")
+    one = Sizes.of(checkpoint, quant=QuantConfig(experts=format), dtype=dtype).experts([0])
+    layers = tuple(range(min(config.num_hidden_layers, room // one)))
+    if not layers:
+        raise UsageError(
+            f"--local-memory {memory} holds no layer: the experts of one take {one / 2**30:.2f} GiB",
+            remedy="Give more memory, or leave it out.",
+        )
+    return layers

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitinfer.cli.console import busy, report, screen
-from splitinfer.cli.options import ENGINE, MODEL, takes
+from splitinfer.cli.estimate import print_client
+from splitinfer.cli.options import ENGINE, MODEL, Estimate, takes
 from splitinfer.cli.session import Request, name_of, open_engine
 from splitinfer.config import Settings
 from splitinfer.errors import SplitinferError, TokenizerError
@@ -38,11 +39,15 @@ def command(
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the model is told before the first turn.")
     ] = None,
+    estimate: Estimate = False,
     *,
     settings: Settings,
     request: Request,
 ) -> None:
     """Talk to a model, with the chat template of its checkpoint."""
+    if estimate:
+        print_client(settings)
+        return
     from splitinfer.cli.background import Background
 
     with Background() as background:

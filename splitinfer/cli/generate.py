@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitinfer.cli.console import busy, run
-from splitinfer.cli.options import ENGINE, Json, takes
+from splitinfer.cli.estimate import print_client
+from splitinfer.cli.options import ENGINE, Estimate, Json, takes
 from splitinfer.cli.session import Request, as_json, open_engine, print_figures
 from splitinfer.config import Settings
 from splitinfer.errors import UsageError
@@ -31,6 +32,7 @@ EPILOG = """
   splitinfer generate "Once" --nodes host1:7077,host2:7077 --max-tokens 64
   splitinfer generate --file prompt.txt --temperature 0.7 --seed 1
   echo "Once" | splitinfer generate --json | jq .usage
+  splitinfer generate --model path/to/gemma --context 32768 --estimate
   splitinfer generate --token-ids 2,5,7    when there is no tokenizer
 """
 
@@ -46,6 +48,7 @@ def command(
         str | None, typer.Option(metavar="IDS", help='The prompt as token ids: "2,5,7".')
     ] = None,
     json_: Json = False,
+    estimate: Estimate = False,
     *,
     settings: Settings,
     request: Request,
@@ -56,6 +59,9 @@ def command(
     One newline at the end of a file or of standard input is not part of the
     prompt.
     """
+    if estimate:
+        print_client(settings)
+        return
     work = _complete if json_ else _stream
     run(work(settings, read_prompt(prompt, file, token_ids), request))
 

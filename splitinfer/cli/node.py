@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from splitinfer.cli.console import busy, human_size, run, screen
-from splitinfer.cli.options import MODEL, SERVING, takes
+from splitinfer.cli.estimate import print_node
+from splitinfer.cli.options import MODEL, SERVING, Estimate, takes
 from splitinfer.cli.session import model_of, name_of, server_config
 from splitinfer.config import Settings
 
@@ -20,17 +21,21 @@ EPILOG = """
   splitinfer node path/to/gemma --experts 0-31,64-95
   splitinfer node path/to/gemma --layers 0-14     every expert of some layers
   splitinfer node path/to/gemma --slice 1/2       the first half of every expert
+  splitinfer node path/to/gemma --experts 0-63 --quant int4 --estimate
   splitinfer node --experts 32-63 --port 0        any free port; prints which
 """
 
 
 @takes(*MODEL, *SERVING)
-def command(*, settings: Settings) -> None:
+def command(estimate: Estimate = False, *, settings: Settings) -> None:
     """Hold experts of a model and serve them until interrupted.
 
     Prints what it holds and where it listens. At SIGTERM or Ctrl-C the calls
     in flight may finish.
     """
+    if estimate:
+        print_node(settings)
+        return
     run(_serve(settings))
 
 

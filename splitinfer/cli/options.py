@@ -18,7 +18,7 @@ from splitinfer.cli.session import Request
 from splitinfer.config import load_settings
 from splitinfer.errors import UsageError
 
-__all__ = ["ENGINE", "LINK", "MODEL", "QUANT", "SERVING", "Json", "takes"]
+__all__ = ["ENGINE", "LINK", "MODEL", "QUANT", "SERVING", "Estimate", "Json", "takes"]
 
 _WHAT = "What it holds"
 _WHERE = "Where it runs"
@@ -45,6 +45,9 @@ ENGINE = (
 )  # fmt: skip
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
+Estimate = Annotated[
+    bool, typer.Option("--estimate", help="Print the memory this would take; load and connect to nothing.")
+]
 
 
 def _text(metavar: str, text: str, panel: str) -> Any:

@@ -105,6 +105,19 @@ class Sizes:
         count = self.config.num_experts if count is None else count
         return sum(count * self.expert(layer, columns) for layer in layers)
 
+    def formats(self, part: str, layers: Iterable[int] | None = None) -> str:
+        """What a part of `Footprint` is held in, in these layers: "int4", "int4+int8", or "" for no such."""
+        wanted = None if layers is None else set(layers)
+        floating = format_of(self._asked if part == "experts" else self.dtype)
+        found = {
+            self._format(name, floating)[1]
+            for name, shape in self._shapes.items()
+            if is_matrix(name, shape)
+            and _part(name) == part
+            and (wanted is None or not name.startswith("layers.") or int(name.split(".")[1]) in wanted)
+        }
+        return "+".join(sorted(found))
+
     def client(self, context: int, local_layers: Iterable[int] = ()) -> Footprint:
         """The client's half, with the experts of `local_layers` and the cache of `context` tokens."""
         parts = {"attention": 0, "dense": 0, "other": 0, "embeddings": 0, "lm_head": 0}
@@ -137,13 +150,18 @@ class Sizes:
         floating: str | None,
         format: str | None = None,
     ) -> int:
-        """Bytes of a matrix; `floating` is the format for what is stored in floating point and not asked for
-        otherwise."""
+        """Bytes of a matrix."""
+        group, chosen = self._format(name, floating, format)
+        return packed_nbytes(chosen, out_features, in_features, group)
+
+    def _format(self, name: str, floating: str | None, format: str | None = None) -> tuple[int, str]:
+        """Columns per scale and format of a matrix; `floating` is the format for what is stored in floating
+        point and not asked for otherwise."""
         wanted = format or format_for(name, self.quant)
         group, chosen = self._stored(name, wanted)
         if wanted is None and chosen in FLOATING:
             chosen = floating or chosen
-        return packed_nbytes(chosen, out_features, in_features, group)
+        return group, chosen
 
 
 def cache_nbytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
@@ -161,7 +179,9 @@ def cache_nbytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
 
 
 def _part(name: str) -> str:
-    """The part of `Footprint` that a matrix outside the experts belongs to."""
+    """The part of `Footprint` that a matrix belongs to."""
+    if name.endswith(EXPERT):
+        return "experts"
     if ".self_attn." in name:
         return "attention"
     if ".mlp." in name:
