@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from math import inf
 from time import monotonic
-from types import TracebackType
+from types import CoroutineType, TracebackType
 from typing import Any, Final, Self, TypeAlias
 
 from splitinfer.errors import (
@@ -253,7 +253,7 @@ class _Peer:
             codec=TensorCodec("server", config.compression),
             peer=_name_of(sock, server.address),
         )
-        self.link = Link(loop, sock, self.connection, self, tls)
+        self.link = Link(loop, sock, self.connection, self, tls, busy_poll=config.busy_poll)
 
     # ---- what the link tells
 
@@ -321,10 +321,12 @@ class _Peer:
 
     def _answer(self, id: int, answer: Any, deadline: float) -> None:
         """What a handler gave: an answer, or something that will become one."""
-        if asyncio.iscoroutine(answer):
+        if type(answer) is CoroutineType or asyncio.iscoroutine(answer):
             answer = eager.start(answer, self._loop)
         if type(answer) is Reply:
             self.connection.reply(id, answer.tensors, answer.meta)
+        elif type(answer) is list:
+            self.connection.reply(id, answer, {})
         elif asyncio.isfuture(answer):
             self._wait_for(id, _Running(answer, deadline))
         elif hasattr(answer, "__aiter__"):

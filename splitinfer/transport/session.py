@@ -78,10 +78,8 @@ class SingleCall(asyncio.Future[Reply]):
             self.session.forget(self)
         return super().cancel(msg)
 
-    def answer(self, reply: Reply) -> None:
-        """The one answer has come."""
-        if not self.done():
-            self.set_result(reply)
+    # The one answer has come. A call that is done already is not in flight: `forget` saw to that.
+    answer = asyncio.Future.set_result
 
     def take(self, message: Message) -> None:
         """Something else has come."""
@@ -226,7 +224,7 @@ class Session:
             peer=address,
         )
         session = cls(connection, loop)
-        session.link = Link(loop, sock, connection, session, tls)
+        session.link = Link(loop, sock, connection, session, tls, busy_poll=config.busy_poll)
         try:
             await session._opened
         except BaseException:

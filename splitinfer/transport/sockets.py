@@ -24,6 +24,7 @@ from splitinfer.transport.certificates import map_tls_error
 from splitinfer.transport.frames import CHUNK_NBYTES
 from splitinfer.transport.link_rate import delivery_rate
 from splitinfer.transport.outbox import Piece
+from splitinfer.transport.polling import Polling
 from splitinfer.transport.protocol import Connection
 from splitinfer.transport.tls import TlsStream
 from splitinfer.transport.vitals import TICK_SECONDS
@@ -32,7 +33,7 @@ __all__ = ["Link", "Owner"]
 
 # Written at one go; a kernel that takes on and on must not keep the loop from everything else.
 _WRITE_NBYTES: Final = CHUNK_NBYTES
-_MORE_READS_PER_EVENT: Final = 3  # then the other connections have their turn
+_READS_PER_EVENT: Final = 4  # then the other connections have their turn
 _MAX_PIECES: Final = 512  # the kernel takes 1024 at once (IOV_MAX)
 
 
@@ -64,9 +65,12 @@ class Link:
         connection: Connection,
         owner: Owner,
         tls: TlsStream | None = None,
+        *,
+        busy_poll: float = 0.0,
     ) -> None:
         self.connection = connection
         self.closed = False
+        self._polling = Polling(loop, busy_poll)
         self._loop = loop
         self._sock = sock
         self._fd = sock.fileno()
@@ -76,6 +80,7 @@ class Link:
         self._owner, self._on_message = owner, owner.on_message
         self._inbox, self._outbox = connection.inbox, connection.outbox
         self._writing = self._paused = False
+        self._pauses = connection.role == "server"
         self._idle: asyncio.Future[None] | None = None
         loop.add_reader(self._fd, self._readable)
         self._timer = loop.call_later(TICK_SECONDS, self._tick)
@@ -107,6 +112,7 @@ class Link:
                 if outbox.sent_nbytes > stop and outbox.nbytes:
                     self._write_later()
                     return
+            self._polling.begin()
         except BlockingIOError:
             self._write_later()
         except OSError as error:
@@ -140,38 +146,38 @@ class Link:
             self._loop.call_soon(self._read_rest)
 
     def _readable(self) -> None:
+        """Read, pass on what is whole, send what that gave; again while the buffer came back full."""
+        connection, inbox, outbox, tls = self.connection, self._inbox, self._outbox, self._tls
         try:
-            if self._read():
-                for _ in range(_MORE_READS_PER_EVENT):
-                    if self.closed or self._paused or not self._read():
-                        return
-                if self._tls is not None:
-                    # What TLS holds already, no event tells of.
-                    self._loop.call_soon(self._read_rest)
+            for _ in range(_READS_PER_EVENT):
+                buffer = inbox.buffer
+                nbytes = self._recv_into(buffer)
+                self._polling.came()
+                if not nbytes:
+                    self.abort(connection.eof())
+                    return
+                for message in inbox.received(nbytes):
+                    self._on_message(message)
+                if outbox.nbytes:
+                    self.flush()
+                    if self._writing and self._pauses and connection.choked and not self.closed:
+                        # Answers pile up that the client does not read: take no more calls. A client goes on
+                        # reading, so that the two never wait for each other.
+                        self._paused = True
+                        self._loop.remove_reader(self._fd)
+                if nbytes < len(buffer) and (tls is None or not tls.more):
+                    return
+                if self.closed or self._paused:
+                    return
+            if tls is not None:
+                # What TLS holds already, no event tells of.
+                self._loop.call_soon(self._read_rest)
         except BlockingIOError:
             pass
         except TransportError as error:
             self._refuse(error)
         except OSError as error:
-            self.abort(_lost(error, self.connection.peer))
-
-    def _read(self) -> bool:
-        """Read once, pass on what is whole, send what that gave. True where there may be more to read."""
-        buffer = self._inbox.buffer
-        nbytes = self._recv_into(buffer)
-        if not nbytes:
-            self.abort(self.connection.eof())
-            return False
-        for message in self._inbox.received(nbytes):
-            self._on_message(message)
-        if self._outbox.nbytes:
-            self.flush()
-            if self._writing and self.connection.choked and self.connection.role == "server":
-                # Answers pile up that the client does not read: take no more calls. A client goes on reading,
-                # so that the two never wait for each other.
-                self._paused = True
-                self._loop.remove_reader(self._fd)
-        return nbytes == len(buffer) or (self._tls is not None and self._tls.more)
+            self.abort(_lost(error, connection.peer))
 
     def _read_rest(self) -> None:
         if not self.closed and not self._paused:
