@@ -2,7 +2,7 @@
 
 Two spellings are read: published checkpoints carry `global_head_dim` and `num_global_key_value_heads`,
 transformers 5.23 saves `per_layer_config`, a table of overrides by layer. Both give the same ModelConfig.
-The reference for every meaning is transformers' `Gemma4TextConfig`.
+The reference for every meaning is transformers' `Gemma4TextConfig`; Gemma 3 comes translated.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from splitinfer.errors import CheckpointError, UnsupportedModelError
+from splitinfer.model.gemma3 import GEMMA3_TYPES, translated
 
 __all__ = ["AttentionConfig", "ModelConfig", "RopeConfig", "load_config", "read_json", "read_text_config"]
 
-MODEL_TYPES = ("gemma4", "gemma4_text")
+MODEL_TYPES = ("gemma4", "gemma4_text", *GEMMA3_TYPES)
 LAYER_TYPES = ("sliding_attention", "full_attention")
-ROPE_TYPES = ("default", "proportional")
+ROPE_TYPES = ("default", "linear", "proportional")
 ROPE_KEYS = frozenset({"rope_type", "rope_theta", "partial_rotary_factor", "factor"})
 LAYER_OVERRIDES = frozenset({"head_dim", "num_key_value_heads"})
 MAX_JSON_NBYTES = 64 << 20  # config.json is a few kilobytes, a large tokenizer's vocabulary some tens of MB
@@ -45,10 +46,11 @@ KNOWN = frozenset(NEUTRAL_ONLY) | {
     "eos_token_id", "final_logit_softcapping", "global_head_dim", "head_dim", "hidden_size",
     "initializer_range", "intermediate_size", "layer_types", "max_position_embeddings", "model_type",
     "moe_intermediate_size", "num_attention_heads", "num_experts", "num_global_key_value_heads",
-    "num_hidden_layers", "num_key_value_heads", "pad_token_id", "per_layer_config", "rms_norm_eps",
-    "rope_parameters", "sliding_window", "tie_word_embeddings", "top_k_experts", "torch_dtype",
-    "use_cache", "vocab_size", "vocab_size_per_layer_input", "architectures", "chunk_size_feed_forward",
-    "id2label", "is_encoder_decoder", "label2id", "name_or_path", "output_attentions",
+    "num_hidden_layers", "num_key_value_heads", "pad_token_id", "per_layer_config", "query_pre_attn_scalar",
+    "rms_norm_eps", "rope_parameters", "sliding_window", "tie_word_embeddings", "top_k_experts",
+    "torch_dtype", "use_cache", "vocab_size", "vocab_size_per_layer_input", "architectures",
+    "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "name_or_path",
+    "output_attentions",
     "output_hidden_states", "problem_type", "return_dict", "transformers_version",
 }
 # fmt: on
@@ -56,7 +58,8 @@ KNOWN = frozenset(NEUTRAL_ONLY) | {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of one layer type; "proportional" turns `partial_rotary_factor` of the pairs only."""
+    """Rotary embedding of one layer type; "proportional" turns `partial_rotary_factor` of the pairs only.
+    Angles are divided by `factor`."""
 
     rope_type: str
     rope_theta: float
@@ -83,6 +86,9 @@ class ModelConfig:
     `attention` has one entry per layer. `num_experts`, `top_k_experts` and `moe_intermediate_size` are 0
     where `enable_moe_block` is false. `final_logit_softcapping` is None for no cap. `dtype` is the name the
     file gives, or "" where it gives none.
+
+    The last four tell Gemma 3 from 4, whose values are the defaults: what queries are multiplied with,
+    whether values are normalised, what is added to norms' weights, whether each layer's output has a factor.
     """
 
     model_type: str
@@ -103,6 +109,10 @@ class ModelConfig:
     dtype: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    attention_scale: float = 1.0
+    value_norm: bool = True
+    norm_offset: float = 0.0
+    layer_scalars: bool = True
 
     @property
     def layer_types(self) -> tuple[str, ...]:
@@ -149,7 +159,7 @@ def load_config(path: str | Path) -> ModelConfig:
             path=str(file),
             remedy=f"Use a checkpoint with model_type {' or '.join(MODEL_TYPES)}.",
         )
-    text = outer.get("text_config") if model_type == "gemma4" else outer
+    text = outer if model_type.endswith("_text") else outer.get("text_config")
     if not isinstance(text, dict):
         raise CheckpointError(
             f"{file}: text_config is missing", path=str(file), remedy="Fetch the file again."
@@ -168,7 +178,8 @@ class _Reader:
 
     def __init__(self, file: Path, text: dict[str, Any], outer: dict[str, Any]) -> None:
         self.file = file
-        self.text = text
+        self.gemma3 = outer.get("model_type") in GEMMA3_TYPES
+        self.text = translated(text) if self.gemma3 else text
         self.outer = outer
 
     def damaged(self, what: str) -> NoReturn:
@@ -230,7 +241,14 @@ class _Reader:
             dtype=self.dtype_name(),
             bos_token_id=self.token_id("bos_token_id", 2),
             eos_token_ids=self.eos(generation),
+            **self.differences(),
         )
+
+    def differences(self) -> dict[str, Any]:
+        if not self.gemma3:
+            return {}
+        scale = self.number("query_pre_attn_scalar", self.text) ** -0.5
+        return {"attention_scale": scale, "value_norm": False, "norm_offset": 1.0, "layer_scalars": False}
 
     def refuse_unknown(self) -> None:
         for key, neutral in NEUTRAL_ONLY.items():
@@ -239,7 +257,8 @@ class _Reader:
                 self.refuse(key, value)
         if self.outer.get("quantization_config") is not None:
             self.refuse("quantization_config", self.outer["quantization_config"])
-        if self.text is not self.outer and self.text.get("model_type", "gemma4_text") != "gemma4_text":
+        inner = "gemma3_text" if self.gemma3 else "gemma4_text"
+        if "text_config" in self.outer and self.text.get("model_type", inner) != inner:
             self.refuse("text_config.model_type", self.text["model_type"])
         for key, value in self.text.items():
             harmless = key in KNOWN or key.startswith("_") or key.endswith(("_version", "_token_id"))
@@ -257,7 +276,8 @@ class _Reader:
         for kind in types:
             if kind not in LAYER_TYPES:
                 self.refuse("layer_types", kind)
-        types = [*types[:-1], "full_attention"]  # the reference forces the last layer so
+        if not self.gemma3:
+            types = [*types[:-1], "full_attention"]  # the reference forces the last layer so
         ropes = {kind: self.rope(kind) for kind in set(types)}
         shapes = tuple(self.attention_layer(i, kind, ropes[kind]) for i, kind in enumerate(types))
         if len(set(shapes)) != len(ropes):
@@ -316,6 +336,8 @@ class _Reader:
         theta = self.number("rope_theta", given)
         if rope_type == "default":  # the reference ignores the other keys here
             return RopeConfig("default", theta)
+        if rope_type == "linear":
+            return RopeConfig("linear", theta, 1.0, self.number("factor", given))
         partial = self.number("partial_rotary_factor", given, 1.0)
         if partial > 1:
             self.damaged(f"rope_parameters.{kind}.partial_rotary_factor={partial} is more than 1")

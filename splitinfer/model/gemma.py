@@ -50,7 +50,7 @@ class Gemma:
         if config.enable_moe_block and experts is None:
             raise UsageError("a model with a mixture of experts needs experts")
         self.config = config
-        self.experts = experts
+        self.experts = experts if config.enable_moe_block else None
         self.device = device
         self.dtype = dtype
         weights = Weights(checkpoint, "", device, dtype, quant)

@@ -1,15 +1,9 @@
-"""Gemma 4 from llama.cpp's GGUF files: configuration, names, and weights in our formats.
+"""Gemma 4 and Gemma 3 from llama.cpp's GGUF files: configuration, names, and weights in our formats.
 
-| in the file            | here                                                                       |
-|------------------------|----------------------------------------------------------------------------|
-| F32, F16, BF16         | as they are (F16 as float32), or converted like any other checkpoint       |
-| Q4_0                   | int4 without offsets: the same nibbles and factors                         |
-| Q8_0                   | int8 with scales per 32 columns: the same bytes                            |
-| Q4_1, Q4_K, Q3_K, ...  | int4, by way of float32 (needs the `gguf` package)                         |
-| Q5_0, Q5_K, Q6_K, ...  | int8 with scales per 32 columns, likewise                                  |
-
-Another format is reached by way of float32 when asked for by name. Tokenizer and chat template come from the
-metadata too, see `splitinfer.model.gguf_tokenizer`. Gemma 3 has other arithmetic and is refused.
+Weights in F32, F16 and BF16 stay as they are (F16 as float32) or are converted like any other checkpoint's;
+quantised ones become int4 or int8, see `splitinfer.model.gguf_blocks`. Another format than that is reached by
+way of float32 when asked for by name. Tokenizer and chat template come from the metadata too, see
+`splitinfer.model.gguf_tokenizer`, and the configuration: `splitinfer.model.gguf_config`.
 """
 
 from __future__ import annotations
@@ -17,17 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from splitinfer.errors import CheckpointError, UnsupportedModelError, UsageError
 from splitinfer.model.config import read_text_config
-from splitinfer.model.gguf_file import BLOCKS, GgufFile
+from splitinfer.model.gguf_blocks import FORMATS, packed_blocks, widened
+from splitinfer.model.gguf_config import config_table
+from splitinfer.model.gguf_file import GgufFile
 from splitinfer.model.gguf_tokenizer import tokenizer_files
 from splitinfer.model.mapped import TensorEntry
 from splitinfer.model.quantize import (
@@ -35,23 +29,20 @@ from splitinfer.model.quantize import (
     Packed,
     joined,
     natural_format,
-    pack_int4,
-    pack_int8,
     piece_rows,
     quantize,
 )
-from splitinfer.model.weights import NOT_ARITHMETIC, Checkpoint, expected_tensors
+from splitinfer.model.weights import Checkpoint, arithmetic, expected_tensors
 
-__all__ = ["GgufCheckpoint", "config_table"]
+__all__ = ["GgufCheckpoint", "gguf_name"]
 
-ARCHITECTURE = "gemma4"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What each type becomes unless another format is asked for: the nearest that is not coarser.
-FORMATS = {
-    "Q2_K": "int4", "Q3_K": "int4", "Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4", "IQ4_NL": "int4",
-    "IQ4_XS": "int4", "Q5_0": "int8", "Q5_1": "int8", "Q5_K": "int8", "Q6_K": "int8", "Q8_0": "int8",
-}  # fmt: skip
 SAMPLE_NBYTES, SAMPLES = 64, 4
+# Layouts of the same weights that llama.cpp's converter writes when it is told to, and how not to.
+OTHER_LAYOUTS = {
+    "attn_qkv.weight": "without --fuse-qkv",
+    "ffn_gate_exps.weight": "with --fuse-gate-up-exps",
+}
 
 TOP = {
     "embed_tokens.weight": "token_embd.weight",
@@ -100,6 +91,14 @@ class GgufCheckpoint(Checkpoint):
         super().__init__(file.path, read_text_config(file.path, table, table), {})
         self.file = file
         self._table = table
+        for other, flag in OTHER_LAYOUTS.items():
+            if f"blk.0.{other}" in file.tensors:
+                raise UnsupportedModelError(
+                    f"{file.path}: tensor blk.0.{other} is not implemented",
+                    feature=other,
+                    path=str(file.path),
+                    remedy=f"Convert the model again {flag}.",
+                )
         for name, shape in expected_tensors(self.config):
             stored = gguf_name(name)
             found = file.tensors[stored].shape if stored in file.tensors else None
@@ -127,7 +126,10 @@ class GgufCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in floating point: a view if it is stored so, else widened to float32."""
-        return self._floating(name).view(self.entry(name).shape)
+        tensor = self._floating(name).view(self.entry(name).shape)
+        # llama.cpp's converter adds what Gemma 3's norms leave out; here it is added to what was stored.
+        shifted = self.config.norm_offset and name.endswith("norm.weight")
+        return tensor - self.config.norm_offset if shifted else tensor
 
     def expert_slice(self, layer: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         pairs = list(self.experts(layer, lo, hi, "float32"))
@@ -193,8 +195,7 @@ class GgufCheckpoint(Checkpoint):
     def fingerprint(self) -> str:
         """As a checkpoint's, of this file's own bytes: its nodes have to be given the same file."""
         digest = hashlib.blake2b(b"splitinfer-gguf-1", digest_size=16)
-        arithmetic = {k: v for k, v in asdict(self.config).items() if k not in NOT_ARITHMETIC}
-        digest.update(json.dumps(arithmetic, sort_keys=True).encode())
+        digest.update(json.dumps(arithmetic(self.config), sort_keys=True).encode())
         for name in sorted(name for name, _ in expected_tensors(self.config)):
             entry = self.entry(name)
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
@@ -212,7 +213,7 @@ class GgufCheckpoint(Checkpoint):
         if kind in FLOATS:
             aligned = raw if raw.storage_offset() % FLOATS[kind].itemsize == 0 else raw.clone()
             return aligned.view(FLOATS[kind])
-        return _widened(raw, kind, self.path)
+        return widened(raw, kind, self.path)
 
     def _packed(self, name: str, rows: slice, format: str | None) -> Packed:
         kind, columns = self.entry(name).dtype, self.entry(name).shape[-1]
@@ -220,140 +221,6 @@ class GgufCheckpoint(Checkpoint):
             floating = self._floating(name, rows)
             return quantize(floating, format or natural_format(floating.dtype))
         raw = self.file.rows(gguf_name(name))[rows]
-        if format not in (None, FORMATS[kind]):
-            return quantize(_widened(raw, kind, self.path), format)
-        if kind == "Q4_0":
-            return _from_q4_0(raw, columns)
-        if kind == "Q8_0":
-            return _from_q8_0(raw, columns)
-        wide = _widened(raw, kind, self.path)
-        if FORMATS[kind] == "int8":
-            groups = wide.view(len(wide), -1, GROUP)
-            scales = (groups.abs().amax(-1, keepdim=True) / 127).to(torch.float16)
-            steps = (groups / torch.where(scales == 0, 1.0, scales.float())).round_().clamp_(-127, 127)
-            return pack_int8(steps.flatten(1), scales.squeeze(-1))
-        return quantize(wide, FORMATS[kind])
-
-
-def _blocks(raw: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The float16 scale [rows, blocks] and the bytes after it of every block."""
-    blocks = raw.reshape(len(raw), -1, BLOCKS[kind][1])
-    return blocks[..., :2].contiguous().view(torch.float16).squeeze(-1), blocks[..., 2:]
-
-
-def _from_q4_0(raw: Tensor, columns: int) -> Packed:
-    """weight = (nibble - 8) d; byte i of a block holds columns i (low half) and i + 16 (high half)."""
-    scales, halves = _blocks(raw, "Q4_0")
-    nibbles = torch.cat((halves & 15, halves >> 4), dim=-1).flatten(1)
-    return pack_int4(nibbles, scales, None, columns)
-
-
-def _from_q8_0(raw: Tensor, columns: int) -> Packed:
-    scales, values = _blocks(raw, "Q8_0")
-    return pack_int8(values.reshape(len(raw), columns).view(torch.int8), scales)
-
-
-def _widened(raw: Tensor, kind: str, path: Path) -> Tensor:
-    """Any quantised type as float32, by the `gguf` package."""
-    try:
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-    except ImportError:
-        raise UnsupportedModelError(
-            f"{path} has weights in {kind}, which the `gguf` package reads and is not installed",
-            feature=f"ggml type {kind}",
-            path=str(path),
-            remedy="Install it: pip install 'splitinfer[gguf]'.",
-        ) from None
-    wide: Any = dequantize(raw.contiguous().numpy(), GGMLQuantizationType[kind])
-    return torch.from_numpy(wide)
-
-
-def config_table(file: GgufFile) -> dict[str, Any]:
-    """The metadata as a Hugging Face text configuration in the published spelling.
-
-    Raises UnsupportedModelError for another architecture, CheckpointError for metadata that are missing.
-    """
-    found = file.metadata.get("general.architecture")
-    if found != ARCHITECTURE:
-        raise UnsupportedModelError(
-            f"{file.path}: architecture {found!r} is not implemented",
-            feature=f"architecture={found}",
-            path=str(file.path),
-            remedy="Use a GGUF file of Gemma 4.",
-        )
-    try:
-        return _config_table(file)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{file.path}: metadata about the architecture are missing or wrong ({error})",
-            path=str(file.path),
-            remedy="Convert the model again with a present llama.cpp.",
-        ) from None
-
-
-def _config_table(file: GgufFile) -> dict[str, Any]:
-    def value(key: str, *default: Any) -> Any:
-        return file.metadata.get(f"{ARCHITECTURE}.{key}", *default) if default else file.metadata[
-            f"{ARCHITECTURE}.{key}"
-        ]  # fmt: skip
-
-    layers = value("block_count")
-    sliding = [bool(s) for s in value("attention.sliding_window_pattern")]
-    kv_heads = value("attention.head_count_kv")
-    kv_heads = kv_heads if isinstance(kv_heads, list) else [kv_heads] * layers
-    full = sliding.index(False)
-    table = {
-        "model_type": "gemma4_text",
-        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in file.tensors,
-        "dtype": "float32" if file.tensors["token_embd.weight"].type == "F32" else "bfloat16",
-        "final_logit_softcapping": value("final_logit_softcapping", None),
-        "global_head_dim": value("attention.key_length"),
-        "head_dim": value("attention.key_length_swa"),
-        "hidden_size": value("embedding_length"),
-        "hidden_size_per_layer_input": value("embedding_length_per_layer_input", 0),
-        "intermediate_size": value("feed_forward_length"),
-        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
-        "max_position_embeddings": value("context_length"),
-        "num_attention_heads": value("attention.head_count"),
-        "num_global_key_value_heads": kv_heads[full],
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads[sliding.index(True)] if True in sliding else kv_heads[full],
-        "num_kv_shared_layers": value("attention.shared_kv_layers", 0),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(file, value),
-        "sliding_window": value("attention.sliding_window"),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "enable_moe_block": value("expert_count", 0) > 0,
-    }
-    if table["enable_moe_block"]:
-        table |= {
-            "num_experts": value("expert_count"),
-            "top_k_experts": value("expert_used_count"),
-            "moe_intermediate_size": value("expert_feed_forward_length"),
-        }
-    tokens = file.metadata
-    ends = [tokens.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    table["eos_token_id"] = sorted({i for i in ends if i is not None})
-    table["bos_token_id"] = tokens.get("tokenizer.ggml.bos_token_id")
-    return table
-
-
-def _rope(file: GgufFile, value: Any) -> dict[str, Any]:
-    """Full layers turn a part of their pairs: the file's factors are 1 for those and huge for the others."""
-    partial = 1.0
-    if "rope_freqs.weight" in file.tensors:
-        factors = file.rows("rope_freqs.weight").clone().view(torch.float32).view(-1)
-        turning = int((factors == 1).sum())
-        if bool((factors[turning:] < 1e20).any()):
-            raise ValueError("rope_freqs")
-        partial = turning / len(factors)
-    return {
-        "full_attention": {
-            "partial_rotary_factor": partial,
-            "rope_theta": value("rope.freq_base"),
-            "rope_type": "proportional",
-        },
-        "sliding_attention": {"rope_theta": value("rope.freq_base_swa"), "rope_type": "default"},
-    }
+        if format in (None, FORMATS[kind]):
+            return packed_blocks(raw, kind, columns, self.path)
+        return quantize(widened(raw, kind, self.path), format)

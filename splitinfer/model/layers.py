@@ -107,8 +107,8 @@ class Weights:
         return Linear(quantize(tensor, natural_format(tensor.dtype)), device=self.device)
 
     def scale(self, name: str) -> Tensor:
-        """A norm's weights."""
-        return self.plain(name + ".weight", torch.float32)
+        """What a norm multiplies with."""
+        return self.plain(name + ".weight", torch.float32) + self.checkpoint.config.norm_offset
 
 
 class Attention:
@@ -127,8 +127,9 @@ class Attention:
         self.projections = weights.linear(
             weights.quant.attention, *(f"self_attn.{name}" for name in projections)
         )
-        q_norm = weights.plain("self_attn.q_norm.weight", torch.float32)
-        k_norm = weights.plain("self_attn.k_norm.weight", torch.float32)
+        q_norm = weights.scale("self_attn.q_norm") * config.attention_scale
+        k_norm = weights.scale("self_attn.k_norm")
+        self.value_norm = config.value_norm
         # One factor per head for queries and keys together [N + V, D]: one product where there would be two.
         self.qk_scale = torch.cat((q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)))
         self.output = weights.linear(weights.quant.attention, "self_attn.o_proj")
@@ -140,7 +141,14 @@ class Attention:
         """x [rows, H] to [rows, N * D], before the output projection; appends to every part's cache."""
         # N + V + V heads, or N + V where keys are values; these have a norm without weight and do not turn.
         turned, values = self.ops.attention_in(
-            x, self.norm, self.eps, self.projections, self.qk_scale, self.kv_heads, *step.rotations[self.kind]
+            x,
+            self.norm,
+            self.eps,
+            self.projections,
+            self.qk_scale,
+            self.kv_heads,
+            self.value_norm,
+            *step.rotations[self.kind],
         )
         attended = []
         for part in step.parts:
@@ -170,7 +178,7 @@ class DecoderLayer:
         self.ops = row_ops(weights.device, weights.dtype)
         self.post_attention_scale = weights.scale("post_attention_layernorm")
         self.post_feedforward_scale = weights.scale("post_feedforward_layernorm")
-        self.scalar = float(weights.plain("layer_scalar", torch.float32))
+        self.scalar = float(weights.plain("layer_scalar", torch.float32)) if config.layer_scalars else 1.0
         self.dense_scale = weights.scale("pre_feedforward_layernorm")
         self.dense_out_scale: Tensor | None = None
         self.expert_scale: Tensor | None = None

@@ -38,7 +38,17 @@ class RowKernels(TorchRows):
         self._combine.argtypes = [pointer] * 3 + [integer, size, size, pointer, pointer, real, real, pointer]
         self._combine.argtypes += [integer]
         self._heads = library.splitinfer_heads
-        self._heads.argtypes = [pointer, *[size] * 6, pointer, pointer, pointer, real, pointer, pointer]
+        self._heads.argtypes = [
+            pointer,
+            *[size] * 6,
+            integer,
+            pointer,
+            pointer,
+            pointer,
+            real,
+            pointer,
+            pointer,
+        ]
         self._heads.argtypes += [integer, integer]
         self._gated = library.splitinfer_gated
         self._gated.argtypes = [pointer, size, size, pointer, integer]
@@ -46,7 +56,18 @@ class RowKernels(TorchRows):
         self._choose.argtypes = [pointer, size, size, size, pointer, pointer, pointer]
 
         self._attention_in = library.splitinfer_attention_in
-        self._attention_in.argtypes = [pointer, integer, pointer, size, pointer, real, size, size, size]
+        self._attention_in.argtypes = [
+            pointer,
+            integer,
+            pointer,
+            size,
+            pointer,
+            real,
+            size,
+            size,
+            size,
+            integer,
+        ]
         self._attention_in.argtypes += [*[pointer] * 5, integer, integer]
         self._attention_out = library.splitinfer_attention_out
         self._attention_out.argtypes = [*[pointer] * 4, integer, size, pointer, real, *[pointer] * 6]
@@ -130,13 +151,15 @@ class RowKernels(TorchRows):
         projected: Tensor,
         weight: Tensor,
         values: int,
+        value_norm: bool,
         cos: Tensor,
         sin: Tensor,
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Projections [rows, heads * D] float32 to normalised queries and keys [rows, N + V, D], turned, and
-        values [rows, V, D]. `weight` is [N + V, D]; the last `values` heads are the values, be they keys too.
+        values [rows, V, D]. `weight` is [N + V, D]; the last `values` heads are the values, be they keys too,
+        and are normalised if `value_norm`.
         """
         rows, width = projected.shape
         turning, size = weight.shape
@@ -145,8 +168,8 @@ class RowKernels(TorchRows):
         _done(
             self._heads(
                 projected.data_ptr(), rows, width, size, turning, width // size - values, values,
-                weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), eps, turned.data_ptr(), value.data_ptr(),
-                is_bfloat16(turned), torch.get_num_threads(),
+                value_norm, weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), eps, turned.data_ptr(),
+                value.data_ptr(), is_bfloat16(turned), torch.get_num_threads(),
             )
         )  # fmt: skip
         return turned, value
@@ -174,11 +197,12 @@ class RowKernels(TorchRows):
         projections: Linear,
         weight: Tensor,
         values: int,
+        value_norm: bool,
         cos: Tensor,
         sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
         if not projections.fuses:
-            return super().attention_in(x, norm, eps, projections, weight, values, cos, sin)
+            return super().attention_in(x, norm, eps, projections, weight, values, value_norm, cos, sin)
         x = x.contiguous()
         rows, (turning, size) = len(x), weight.shape
         turned = torch.empty((rows, turning, size), dtype=x.dtype)
@@ -186,7 +210,7 @@ class RowKernels(TorchRows):
         _done(
             self._attention_in(
                 ctypes.addressof(projections.matrices), len(projections.matrices), x.data_ptr(), rows,
-                norm.data_ptr(), eps, size, turning, values, weight.data_ptr(), cos.data_ptr(),
+                norm.data_ptr(), eps, size, turning, values, value_norm, weight.data_ptr(), cos.data_ptr(),
                 sin.data_ptr(), turned.data_ptr(), value.data_ptr(), is_bfloat16(x), torch.get_num_threads(),
             )
         )  # fmt: skip

@@ -71,6 +71,7 @@ class TorchRows:
         projected: Tensor,
         weight: Tensor,
         values: int,
+        value_norm: bool,
         cos: Tensor,
         sin: Tensor,
         eps: float,
@@ -78,12 +79,14 @@ class TorchRows:
     ) -> tuple[Tensor, Tensor]:
         """Projections [rows, heads * D] float32 to queries and keys [rows, N + V, D], normalised, times
         `weight` [N + V, D] and turned by cos and sin [rows, 1, D]; and the last `values` heads [rows, V, D],
-        normalised."""
+        normalised if `value_norm`."""
         turning, size = weight.shape
-        normed = F.rms_norm(projected.view(len(projected), -1, size), (size,), None, eps)
+        heads = projected.view(len(projected), -1, size)
+        normed = F.rms_norm(heads, (size,), None, eps)
         x = normed[:, :turning] * weight
         turned = torch.addcmul(x * cos, x.roll(size // 2, -1), sin)
-        return turned.to(dtype), normed[:, normed.shape[1] - values :].to(dtype)
+        value = (normed if value_norm else heads)[:, heads.shape[1] - values :]
+        return turned.to(dtype), value.to(dtype)
 
     def gated(self, x: Tensor) -> Tensor:
         """gelu(first half) * second half of x [rows, 2 * I] float32, to [rows, I]."""
@@ -104,12 +107,13 @@ class TorchRows:
         projections: Linear,
         weight: Tensor,
         values: int,
+        value_norm: bool,
         cos: Tensor,
         sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The norm of x [rows, H], its projections, and `heads` of them."""
         projected = projections(self.norm(x, norm, eps, x.dtype), torch.float32)
-        return self.heads(projected, weight, values, cos, sin, eps, x.dtype)
+        return self.heads(projected, weight, values, value_norm, cos, sin, eps, x.dtype)
 
     def attention_out(
         self,

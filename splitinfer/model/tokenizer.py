@@ -81,7 +81,7 @@ class Tokenizer:
     @classmethod
     def _from_gguf(cls, path: Path) -> Tokenizer | None:
         """The tokenizer in a GGUF file's metadata."""
-        from splitinfer.model.gguf import config_table  # here: few models are such files
+        from splitinfer.model.gguf_config import config_table  # here: few models are such files
         from splitinfer.model.gguf_file import GgufFile
         from splitinfer.model.gguf_tokenizer import tokenizer_files
 

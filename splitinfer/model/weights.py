@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from splitinfer.model.config import ModelConfig, load_config, read_json
 from splitinfer.model.mapped import DTYPES, MappedFile, TensorEntry
 from splitinfer.model.quantize import GROUP, Packed, natural_format, piece_rows, quantize
 
-__all__ = ["Checkpoint", "canonical_name", "expected_tensors"]
+__all__ = ["Checkpoint", "arithmetic", "canonical_name", "expected_tensors"]
 
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "multi_modal_projector.")
@@ -84,10 +84,19 @@ def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
             yield layer + "post_feedforward_layernorm_1.weight", (hidden,)
             yield layer + "post_feedforward_layernorm_2.weight", (hidden,)
         yield layer + "post_feedforward_layernorm.weight", (hidden,)
-        yield layer + "layer_scalar", (1,)
+        if config.layer_scalars:
+            yield layer + "layer_scalar", (1,)
     yield "norm.weight", (hidden,)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def arithmetic(config: ModelConfig) -> dict[str, object]:
+    """What of a configuration enters a fingerprint. Defaults stay out: an option that a later version learns
+    leaves the fingerprints of models without it as they were."""
+    defaults = {field.name: field.default for field in fields(config)}
+    values = asdict(config).items()
+    return {name: value for name, value in values if name not in NOT_ARITHMETIC and value != defaults[name]}
 
 
 class Checkpoint:
@@ -246,8 +255,7 @@ class Checkpoint:
         of its bytes. Prefixes, sharding and the configuration's spelling do not enter.
         """
         digest = hashlib.blake2b(FINGERPRINT_VERSION, digest_size=16)
-        arithmetic = {k: v for k, v in asdict(self.config).items() if k not in NOT_ARITHMETIC}
-        digest.update(json.dumps(arithmetic, sort_keys=True).encode())
+        digest.update(json.dumps(arithmetic(self.config), sort_keys=True).encode())
         for name in sorted(name for name, _ in expected_tensors(self.config)):
             file, stored = self._located[name]
             entry = file.entries[stored]
@@ -317,7 +325,7 @@ def _check(config: ModelConfig, located: dict[str, tuple[MappedFile, str]], dire
                 f"{file.path}: tensor {stored} belongs to no implemented part of the model",
                 feature=name,
                 path=str(file.path),
-                remedy="Use a plain Gemma 4 text checkpoint, with fused expert tensors and merged adapters.",
+                remedy="Use a plain Gemma text checkpoint, with fused expert tensors and merged adapters.",
             )
     for name, shape in shapes.items():
         if name not in located:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
 
+from splitinfer.model.config import ModelConfig
 from splitinfer.model.gguf import gguf_name
 from splitinfer.model.weights import Checkpoint, expected_tensors
 
@@ -35,42 +37,17 @@ def write_gguf(
     *,
     merges: bool = True,
     tokenizer: str | None = "gemma4",
-    architecture: str = "gemma4",
+    architecture: str | None = None,
+    last_token: str = "<|turn>",
     raw: Mapping[str, tuple[Type, torch.Tensor]] | None = None,
 ) -> Path:
     """`quantised` is the type of the matrices whose rows it fits; `raw` are tensors as ready blocks."""
     config = checkpoint.config
-    writer = gguf.GGUFWriter(path, architecture)
-    sliding = [kind == "sliding_attention" for kind in config.layer_types]
-    local = next((a for a in config.attention if a.window is not None), config.attention[-1])
-    full = config.attention[-1]
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv([a.num_key_value_heads for a in config.attention])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(full.rope.rope_theta)
-    writer.add_rope_freq_base_swa(local.rope.rope_theta)
-    writer.add_key_length(full.head_dim)
-    writer.add_value_length(full.head_dim)
-    writer.add_key_length_swa(local.head_dim)
-    writer.add_value_length_swa(local.head_dim)
-    writer.add_sliding_window(local.window or 1)
-    writer.add_sliding_window_pattern(sliding)
-    writer.add_shared_kv_layers(0)
-    writer.add_embedding_length_per_layer_input(0)
-    if config.final_logit_softcapping:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.top_k_experts)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    gemma3 = not config.layer_scalars
+    writer = gguf.GGUFWriter(path, architecture or ("gemma3" if gemma3 else "gemma4"))
+    (_describe_gemma3 if gemma3 else _describe_gemma4)(writer, config)
     if tokenizer:
-        _add_tokenizer(writer, tokenizer, merges)
-    turning = int(full.head_dim * full.rope.partial_rotary_factor / 2)
-    factors = [1.0] * turning + [1e30] * (full.head_dim // 2 - turning)
-    writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+        _add_tokenizer(writer, tokenizer, merges, last_token)
     for name, shape in expected_tensors(config):
         kind = Type.F32
         if name in (raw or {}):
@@ -81,7 +58,7 @@ def write_gguf(
             kind = quantised
         if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = Type.F32
-        values = checkpoint.tensor(name).float().numpy()
+        values = _as_written(checkpoint, name)
         data = values if kind == Type.F32 else gguf.quants.quantize(values, kind)
         writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
     writer.write_header_to_file()
@@ -91,10 +68,66 @@ def write_gguf(
     return path
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, model: str, merges: bool) -> None:
+def _as_written(checkpoint: Checkpoint, name: str) -> Any:
+    """The converter adds the one that Gemma 3's norms leave out."""
+    values = checkpoint.tensor(name).float().numpy()
+    return values + checkpoint.config.norm_offset if name.endswith("norm.weight") else values
+
+
+def _describe(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def _describe_gemma3(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    _describe(writer, config)
+    local = config.attention[0]
+    full = next(attention for attention in config.attention if attention.window is None)
+    if full.rope.rope_type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(full.rope.factor)
+    writer.add_rope_freq_base(full.rope.rope_theta)
+    writer.add_key_length(local.head_dim)
+    writer.add_value_length(local.head_dim)
+    writer.add_head_count_kv(local.num_key_value_heads)
+    writer.add_sliding_window(local.window or 1)
+
+
+def _describe_gemma4(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    _describe(writer, config)
+    local = next((a for a in config.attention if a.window is not None), config.attention[-1])
+    full = config.attention[-1]
+    writer.add_head_count_kv([a.num_key_value_heads for a in config.attention])
+    writer.add_rope_freq_base(full.rope.rope_theta)
+    writer.add_rope_freq_base_swa(local.rope.rope_theta)
+    writer.add_rope_dimension_count(full.head_dim)
+    writer.add_rope_dimension_count_swa(local.head_dim)
+    writer.add_key_length(full.head_dim)
+    writer.add_value_length(full.head_dim)
+    writer.add_key_length_swa(local.head_dim)
+    writer.add_value_length_swa(local.head_dim)
+    writer.add_sliding_window(local.window or 1)
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    writer.add_shared_kv_layers(0)
+    writer.add_embedding_length_per_layer_input(0)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.top_k_experts)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    turning = int(full.head_dim * full.rope.partial_rotary_factor / 2)
+    factors = [1.0] * turning + [1e30] * (full.head_dim // 2 - turning)
+    writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, model: str, merges: bool, last_token: str) -> None:
     kinds = [3, 3, 3, 2] + [6] * 256 + [1] * (len(TOKENS) - 260)
     writer.add_tokenizer_model(model)
-    writer.add_token_list([*TOKENS, "<|turn>"])
+    writer.add_token_list([*TOKENS, last_token])
     writer.add_token_types([*kinds, 4])
     writer.add_token_scores([-float(i) for i in range(len(TOKENS) + 1)])
     if merges:
@@ -102,6 +135,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model: str, merges: bool) -> None:
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
     writer.add_chat_template("{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}")
 
 

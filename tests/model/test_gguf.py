@@ -5,7 +5,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -102,25 +101,6 @@ def test_other_types_become_the_nearest_format(
     assert (packed.widen() - expected).norm() < error * expected.norm()
 
 
-def test_k_quants(model: Checkpoint, tmp_path: Path) -> None:
-    """The `gguf` package reads these and does not write them: blocks are made of scales and bits here."""
-    name, count = "layers.0.mlp.up_proj.weight", 256 * 256 // 256
-    generator = torch.Generator().manual_seed(0)
-    for kind, format, error in ((Type.Q4_K, "int4", 0.03), (Type.Q6_K, "int8", 0.01)):
-        nbytes = gguf.GGML_QUANT_SIZES[kind][1]
-        raw = torch.randint(0, 256, (count, nbytes), dtype=torch.uint8, generator=generator)
-        at = 0 if kind == Type.Q4_K else nbytes - 2
-        raw[:, at : at + 2] = torch.tensor([0.01]).half().view(torch.uint8)
-        if kind == Type.Q4_K:
-            raw[:, 2:4] = torch.tensor([0.02]).half().view(torch.uint8)
-        blocks = raw.view(256, -1)
-        file = write_gguf(model, tmp_path / f"{kind.name}.gguf", raw={name: (kind, blocks)})
-        expected = torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), kind))
-        packed = GgufCheckpoint.open(file).matrix(name)
-        assert packed.format == format
-        assert (packed.widen() - expected).norm() < error * expected.norm()
-
-
 def test_another_format_by_name(model: Checkpoint, tmp_path: Path) -> None:
     file = Checkpoint.open(write_gguf(model, tmp_path / "m.gguf", Type.Q8_0))
     name = "layers.0.mlp.up_proj.weight"
@@ -170,8 +150,8 @@ def test_a_file_without_tokenizer(model: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_refusals(model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedModelError, match="architecture 'gemma3'"):
-        Checkpoint.open(write_gguf(model, tmp_path / "three.gguf", architecture="gemma3"))
+    with pytest.raises(UnsupportedModelError, match="architecture 'llama'"):
+        Checkpoint.open(write_gguf(model, tmp_path / "llama.gguf", architecture="llama"))
     file = Checkpoint.open(write_gguf(model, tmp_path / "m.gguf", Type.Q5_0))
     with pytest.raises(UsageError, match="experts 11-11"):
         list(file.experts(0, 11, 12))

@@ -61,22 +61,23 @@ def test_norms(ops: TorchRows, rows: int, n: int, dtype: torch.dtype) -> None:
     close(ops.combine(x, y, None, None, b, EPS, 2.0), (x.double() + norm(y, b)) * 2)
 
 
-@pytest.mark.parametrize("k_eq_v", [False, True])
+@pytest.mark.parametrize(("k_eq_v", "value_norm"), [(False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("size", [6, 16, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads(ops: TorchRows, size: int, k_eq_v: bool, dtype: torch.dtype) -> None:
+def test_heads(ops: TorchRows, size: int, k_eq_v: bool, value_norm: bool, dtype: torch.dtype) -> None:
     rows, queries, keys = 3, 4, 2
     projected = draw(rows, (queries + keys * (1 if k_eq_v else 2)) * size)
     weight, angles = draw(queries + keys, size), draw(rows, size // 2)
     cos = torch.cat((angles.cos(), angles.cos()), -1).unsqueeze(1)
     sin = torch.cat((-angles.sin(), angles.sin()), -1).unsqueeze(1)
-    turned, values = ops.heads(projected, weight, keys, cos, sin, EPS, dtype)
-    heads = norm(projected.view(rows, -1, size))
+    turned, values = ops.heads(projected, weight, keys, value_norm, cos, sin, EPS, dtype)
+    plain = projected.view(rows, -1, size)
+    heads = norm(plain)
     scaled = heads[:, : queries + keys] * weight
     left, right = scaled.chunk(2, -1)
     c, s = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
     close(turned, torch.cat((left * c - right * s, right * c + left * s), -1))
-    close(values, heads[:, -keys:])
+    close(values, (heads if value_norm else plain.double())[:, -keys:])
     assert turned.dtype == values.dtype == dtype
 
 
@@ -142,8 +143,11 @@ def linear(out_features: int, in_features: int, format: str, seed: int = 0) -> L
 @needs_kernels
 @pytest.mark.parametrize("rows", [1, 5, 60])
 @pytest.mark.parametrize("formats", [("int4", "int4"), ("int8", "bfloat16"), ("int4", "int8")])
+@pytest.mark.parametrize("value_norm", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_stretches_of_a_layer(rows: int, formats: tuple[str, str], dtype: torch.dtype) -> None:
+def test_stretches_of_a_layer(
+    rows: int, formats: tuple[str, str], value_norm: bool, dtype: torch.dtype
+) -> None:
     """In one call what the single steps give; formats that do not go together take the single steps."""
     fast, slow = row_ops(torch.device("cpu"), dtype), TorchRows()
     hidden, size, queries, keys = 70, 16, 4, 2
@@ -155,8 +159,8 @@ def test_stretches_of_a_layer(rows: int, formats: tuple[str, str], dtype: torch.
     cos, sin = draw(rows, 1, size), draw(rows, 1, size, seed=1)
     tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.05}
     for found, expected in zip(
-        fast.attention_in(x, a, EPS, projections, weight, keys, cos, sin),
-        slow.attention_in(x, a, EPS, projections, weight, keys, cos, sin),
+        fast.attention_in(x, a, EPS, projections, weight, keys, value_norm, cos, sin),
+        slow.attention_in(x, a, EPS, projections, weight, keys, value_norm, cos, sin),
         strict=True,
     ):
         torch.testing.assert_close(found, expected, **tolerance)

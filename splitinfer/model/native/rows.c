@@ -123,6 +123,7 @@ int splitinfer_combine(const void *x, const void *dense, const void *moe, int bf
 /* Projected heads and what becomes of them: see `splitinfer_heads`. */
 typedef struct {
     int64_t width, size, turning, first_value, values;
+    int value_norm;
     const float *weight, *cosine, *sine;
     float eps;
     void *turned, *value;
@@ -145,7 +146,7 @@ static void heads_row(const Heads *a, const float *from, int64_t r, float *head)
     }
     for (int64_t h = 0; h < a->values; h++) {
         const float *v = from + (a->first_value + h) * size;
-        float scale = root(v, size, a->eps);
+        float scale = a->value_norm ? root(v, size, a->eps) : 1.0f;
         for (int64_t i = 0; i < size; i++) out[i] = v[i] * scale;
         write_row(out, size, a->value, a->bfloat16, (r * a->values + h) * size);
     }
@@ -153,12 +154,13 @@ static void heads_row(const Heads *a, const float *from, int64_t r, float *head)
 
 /* Projections [rows, width] to normalised heads: the first `turning` times `weight` [turning, size] and rotated
    by cosine and sine [rows, size] (pairs (i, i + size / 2), the first half of sine negated) into `turned`
-   [rows, turning, size]; the `values` heads from `first_value` on as they are into `value` [rows, values, size].
-   */
+   [rows, turning, size]; the `values` heads from `first_value` on into `value` [rows, values, size], normalised
+   if `value_norm`, else as they are. */
 int splitinfer_heads(const float *projected, int64_t rows, int64_t width, int64_t size, int64_t turning,
-                     int64_t first_value, int64_t values, const float *weight, const float *cosine,
+                     int64_t first_value, int64_t values, int value_norm, const float *weight, const float *cosine,
                      const float *sine, float eps, void *turned, void *value, int bfloat16, int threads) {
-    const Heads a = {width, size, turning, first_value, values, weight, cosine, sine, eps, turned, value, bfloat16};
+    const Heads a = {width, size, turning, first_value, values, value_norm, weight, cosine, sine,
+                     eps, turned, value, bfloat16};
     int failed = 0;
     ROWS_PARALLEL
     for (int64_t r = 0; r < rows; r++) {
@@ -216,14 +218,14 @@ static float *team_memory(int64_t floats) { return aligned_alloc(64, ((size_t)fl
 /* What leads to attention: the norm of x [rows, k], its product with `count` matrices, and `splitinfer_heads`
    of that. x is of the same type as the results. */
 int splitinfer_attention_in(const Matrix *matrices, int count, const void *x, int64_t rows, const float *norm,
-                            float eps, int64_t size, int64_t turning, int64_t values, const float *weight,
-                            const float *cosine, const float *sine, void *turned, void *value, int bfloat16,
-                            int threads) {
+                            float eps, int64_t size, int64_t turning, int64_t values, int value_norm,
+                            const float *weight, const float *cosine, const float *sine, void *turned,
+                            void *value, int bfloat16, int threads) {
     const int64_t k = matrices->k;
     int64_t width = 0;
     for (int i = 0; i < count; i++) width += matrices[i].n;
-    const Heads a = {width, size, turning, width / size - values, values, weight, cosine, sine, eps, turned, value,
-                     bfloat16};
+    const Heads a = {width, size, turning, width / size - values, values, value_norm, weight, cosine, sine,
+                     eps, turned, value, bfloat16};
     const int64_t inputs = (rows_floats(matrices, rows) + 15) / 16 * 16, outputs = (rows * width + 15) / 16 * 16;
     float *memory = team_memory(inputs + outputs + threads * 2 * size);
     if (!memory) return -1;
