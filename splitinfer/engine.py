@@ -105,6 +105,11 @@ class AsyncEngine:
         self.tokenizer = await loop.run_in_executor(None, Tokenizer.open, self.checkpoint.path)
         use_threads(self.settings.threads)
         device = self.settings.torch_device()
+        if self._addresses and not config.enable_moe_block:
+            raise UsageError(
+                f"{self.checkpoint.path} is a dense model: it has no experts that nodes could hold",
+                remedy="Leave out --nodes to run all of it here, or name a model with a mixture of experts.",
+            )
         local, kept = await loop.run_in_executor(None, self._keep)
         if self._addresses:
             self._experts = await RemoteExperts.connect(

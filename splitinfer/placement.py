@@ -328,7 +328,8 @@ def _check(address: str, holding: Holding, fingerprint: str, num_experts: int, c
         raise PlacementError(
             f"node {address} holds another model (fingerprint {holding.fingerprint[:12]}, "
             f"this one is {fingerprint[:12]})",
-            remedy="Start the node on the same checkpoint, or leave it out of --nodes.",
+            remedy="Start the node on the same checkpoint, or leave it out of --nodes; a GGUF file and a "
+            "folder of one model count as two.",
         )
     for what, last, count in (
         ("expert", holding.experts[-1], num_experts),

@@ -32,6 +32,7 @@ from splitinfer.model.quantize import (
     piece_rows,
     quantize,
 )
+from splitinfer.model.slicing import sliced
 from splitinfer.model.weights import Checkpoint, arithmetic, expected_tensors
 
 __all__ = ["GgufCheckpoint", "gguf_name"]
@@ -167,11 +168,6 @@ class GgufCheckpoint(Checkpoint):
         floating: str | None = None,
         columns: tuple[int, int] | None = None,
     ) -> Iterator[tuple[Packed, Packed]]:
-        if columns is not None:
-            raise UsageError(
-                f"{self.path} is a GGUF file, whose experts are taken whole",
-                remedy="Use --slice with a checkpoint in the Hugging Face layout.",
-            )
         if not 0 <= layer < self.config.num_hidden_layers or not 0 <= lo < hi <= self.config.num_experts:
             raise UsageError(
                 f"layer {layer}, experts {lo}-{hi - 1}: the model has {self.config.num_hidden_layers} layers "
@@ -185,7 +181,7 @@ class GgufCheckpoint(Checkpoint):
                 rows = slice(expert * entry.shape[1], (expert + 1) * entry.shape[1])
                 pair.append(self._packed(name, rows, format or (floating if entry.dtype in FLOATS else None)))
                 self.file.release(gguf_name(name))
-            yield pair[0], pair[1]
+            yield (pair[0], pair[1]) if columns is None else sliced(pair[0], pair[1], columns)
 
     def small_files(self) -> dict[str, bytes]:
         config = json.dumps(self._table, indent=1).encode()

@@ -97,11 +97,15 @@ class Packed:
         return self.weight.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def columns(self, low: int, high: int) -> Packed:
-        """Columns `low` to `high` - 1 with the scales they have here: of int4 whole groups from `low` on,
-        of int8 scaled by channel."""
+        """Columns `low` to `high` - 1 with the scales they have here, a copy; where columns share scales in
+        groups, `low` has to be the first of one."""
         part = replace(self, in_features=high - low, weight=self.weight[:, low:high].contiguous())
-        if self.format == "int8":
+        if self.format == "int8" and self.group == self.in_features:
             return replace(part, group=high - low)
+        if self.format == "int8":
+            assert self.scales is not None
+            scales = self.scales[:, low // self.group : -(-high // self.group)]
+            return replace(part, scales=scales.contiguous())
         if self.format == "int4":
             assert self.scales is not None
             first, last = low // GROUP, -(-high // GROUP)

@@ -22,6 +22,7 @@ from splitinfer.errors import CheckpointError, UsageError
 from splitinfer.model.config import load_config, read_json
 from splitinfer.model.mapped import MappedFile
 from splitinfer.model.quantize import GROUP, Packed, QuantConfig
+from splitinfer.model.slicing import sliced
 from splitinfer.model.weights import SHARD, Checkpoint, expected_tensors
 
 __all__ = ["MANIFEST", "VERSION", "FileRecord", "Manifest", "ShardCheckpoint", "checksum", "verify"]
@@ -142,11 +143,6 @@ class ShardCheckpoint(Checkpoint):
         floating: str | None = None,
         columns: tuple[int, int] | None = None,
     ) -> Iterator[tuple[Packed, Packed]]:
-        if columns is not None:
-            raise UsageError(
-                f"{self.path} is a shard of whole experts",
-                remedy="Use --slice with the checkpoint that the shard was made from.",
-            )
         absent = [e for e in range(lo, hi) if e not in self.manifest.experts]
         if layer not in self.manifest.layers or absent:
             raise UsageError(
@@ -159,7 +155,8 @@ class ShardCheckpoint(Checkpoint):
             self._stack(f"layers.{layer}.experts.{name}", format) for name in ("gate_up_proj", "down_proj")
         ]
         for place in places:
-            yield parts[0][place], parts[1][place]
+            pair = parts[0][place], parts[1][place]
+            yield pair if columns is None else sliced(*pair, columns)
 
     def _stack(self, name: str, format: str | None) -> list[Packed]:
         """All experts of one tensor, views."""

@@ -108,6 +108,7 @@ def plan_shard(
     Touches no weights. Raises UsageError for a shard of nothing, and for tied embeddings in two formats.
     """
     config, quant = checkpoint.config, quant or QuantConfig()
+    experts = experts if config.enable_moe_block else ()
     layers = range(config.num_hidden_layers) if layers is None else layers
     if not experts and not client:
         raise UsageError("a shard of nothing", remedy="Give --experts, or --client for everything else.")

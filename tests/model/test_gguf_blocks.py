@@ -46,7 +46,7 @@ def test_the_same_bits(kind: str) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_q4_k_keeps_its_nibbles(seed: int) -> None:
-    """Only the factor and offset of a group are rounded, to float16: they are products of two numbers there."""
+    """Only factor and offset of a group are rounded, to float16: they are products of two numbers there."""
     raw = blocks("Q4_K", seed)
     packed, expected = packed_blocks(raw, "Q4_K", COLUMNS, PATH), reference("Q4_K", raw)
     groups = expected.view(ROWS, -1, 32).abs().amax(-1, keepdim=True)
