@@ -121,25 +121,26 @@ class Assistant:
             self._head = weights.linear(("model.embed_tokens", vocab, hidden))
 
     def rotations(self, position: int) -> dict[str, Rotation]:
-        """The rotary factors of one position, for `forward`."""
+        """The rotary factors of one position, for `states`."""
         where = torch.tensor([position], device=self.device)
         return {kind: rotation(f, where) for kind, f in self._frequencies.items()}
 
-    def forward(
+    def states(
         self, embedded: Tensor, hidden: Tensor, rotations: dict[str, Rotation], shared: KeysValues
     ) -> tuple[Tensor, Tensor]:
-        """One draft: the target's scaled embedding of the last token [1, B] and the state before it [1, B].
+        """One draft, from the target's scaled embedding of the last token [1, B] and the state before it.
 
-        Returns logits [vocab_size] float32 and the state [1, B] to feed back with the next token.
+        Returns what `logits` takes [1, H], and the state [1, B] to feed back with the next token.
         """
         x = self._input(torch.cat((embedded, hidden), dim=-1))
         for layer in self._layers:
             keys, values = shared[layer.kind]
             x = layer(x, rotations[layer.kind], keys, values)
         x = self._ops.norm(x, self._norm, self._eps, x.dtype)
-        return self._logits(x), self._output(x)
+        return x, self._output(x)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """[vocab_size] float32, of the first of `states`."""
         if not self.config.num_centroids:
             return self._head(x, torch.float32)[0]
         top = self._centroids(x)[0].topk(self.config.top_centroids).indices
@@ -221,4 +222,3 @@ class _Weights:
                 f"{self.file.path}: tensor {name} {found}", path=str(self.file.path), remedy=FETCH
             )
         return self.file.tensor(name)
-
