@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -15,8 +15,7 @@ import torch
 
 from splitinfer.batching import Batcher
 from splitinfer.dispatch import NodeInfo, RemoteExperts
-from splitinfer.draft_depth import Depth, check_depth
-from splitinfer.drafting import Count, Decoder, choose_drafter
+from splitinfer.drafting import Count, Decoder, Depth, check_depth, choose_drafter
 from splitinfer.engine_config import EngineConfig, known_options
 from splitinfer.errors import UsageError
 from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
@@ -237,27 +236,25 @@ class AsyncEngine:
         """An empty cache for one sequence."""
         return self.model.new_cache()
 
-    @asynccontextmanager
-    async def decoder(
+    @contextmanager
+    def decoder(
         self, cache: KVCache, ids: list[int], hidden: torch.Tensor, sampler: Sampler, timeline: Timeline
-    ) -> AsyncIterator[Decoder]:
+    ) -> Iterator[Decoder]:
         """Continues a sequence whose `ids` are in `cache`, beside the others, with this engine's drafter."""
         drafter = self._new_drafter() if self._new_drafter is not None else None
         seat = self._batcher.seat()
-        decoder = Decoder(
-            seat,
-            cache,
-            ids,
-            hidden,
-            sampler=sampler,
-            timeline=timeline,
-            drafter=drafter,
-            depth=self._depth,
-        )
         try:
-            yield decoder
+            yield Decoder(
+                seat,
+                cache,
+                ids,
+                hidden,
+                sampler=sampler,
+                timeline=timeline,
+                drafter=drafter,
+                depth=self._depth,
+            )
         finally:
-            await decoder.close()
             seat.leave()
 
     def prefill(
@@ -328,7 +325,7 @@ class _Generation:
             async for chunk in chunks:
                 hidden = chunk[-1:]
         logits = await compute(1, engine.model.logits, hidden, timeline=self._prefill)
-        async with engine.decoder(cache, self._seen, hidden, self._sampler, self._decode) as decoder:
+        with engine.decoder(cache, self._seen, hidden, self._sampler, self._decode) as decoder:
             tokens, first = [decoder.first(logits)], perf_counter()
             while True:
                 for token in tokens:

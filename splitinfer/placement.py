@@ -29,6 +29,7 @@ __all__ = [
     "parse_ranges",
     "parse_size",
     "parse_slice",
+    "slice_step",
 ]
 
 MAX_ID = 1 << 15  # layer and expert ids travel as int16
@@ -79,8 +80,8 @@ def parse_ranges(text: str, count: int, flag: str) -> tuple[int, ...]:
 def parse_slice(text: str, columns: int, flag: str) -> Columns:
     """`"1/2"` (the first of two) or `"0.3:0.7"` (from three tenths to seven) of `columns`.
 
-    Edges are rounded to `SLICE_STEP` where `columns` is a multiple of it, the same for every node. Raises
-    `UsageError` for anything that is no slice or holds nothing. `flag` names the option in errors.
+    Edges are rounded to `SLICE_STEP` where `columns` is a larger multiple of it, the same for every node.
+    Raises `UsageError` for anything that is no slice or holds nothing. `flag` names the option in errors.
     """
     match = _SLICE.fullmatch(text)
     low = high = Fraction(0)
@@ -94,11 +95,16 @@ def parse_slice(text: str, columns: int, flag: str) -> Columns:
         raise UsageError(
             f"{flag} {text!r} is not a slice", remedy=f"Write it like {flag} 1/2 or {flag} 0.3:0.7."
         )
-    step = 1 if columns % SLICE_STEP else SLICE_STEP
+    step = slice_step(columns)
     begin, end = (round(edge * columns / step) * step for edge in (low, high))
     if begin == end:
         raise UsageError(f"{flag} {text!r} holds nothing of {columns} columns", remedy="Take a larger slice.")
     return begin, end
+
+
+def slice_step(columns: int) -> int:
+    """What the edges of slices of `columns` are multiples of."""
+    return SLICE_STEP if columns % SLICE_STEP == 0 and columns > SLICE_STEP else 1
 
 
 def parse_size(text: str, flag: str) -> int:

@@ -9,6 +9,7 @@ Each room may import what stands on the same line or below it:
     dispatch  node  drafting        split execution: client, server; several tokens per step
     batching                        many sequences per step
     mixed                           some layers here, the others on nodes
+    planning                        which cut suits which machines; costs, without measuring
     placement  fanout  trace  exact_nodes
     transport       model  demo     bytes and tensors | mathematics: neither knows the other
     config  errors  generation  timing  fixed_point
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "transport": {"errors", "transport"},
     "model": {"errors", "timing", "fixed_point", "model", "demo"},
     "placement": {"errors"},
+    "planning": {"errors", "placement", "model"},
     "fanout": {"fixed_point"},
     "exact_nodes": {"errors", "placement"},
     "trace": {"errors", "timing"},
@@ -42,23 +44,12 @@ MAY_IMPORT = {
     "dispatch": GROUND | {"transport", "placement", "fanout", "lost_nodes", "exact_nodes"},
     "node": GROUND | {"transport", "placement", "dispatch", "model"},
     "batching": {"timing", "model"},
-    "draft_depth": {"errors", "model"},
-    "drafting": {"errors", "timing", "batching", "draft_depth", "model"},
+    "drafting": {"errors", "timing", "batching", "model"},
     "mixed": {"errors", "timing", "placement", "model"},
     "prompt": {"errors", "model"},
     "engine_config": {"errors", "fixed_point", "transport", "model"},
     "engine": GROUND
-    | {
-        "transport",
-        "placement",
-        "dispatch",
-        "batching",
-        "draft_depth",
-        "drafting",
-        "engine_config",
-        "mixed",
-        "trace",
-    }
+    | {"transport", "placement", "dispatch", "batching", "drafting", "engine_config", "mixed", "trace"}
     | {"model", "prompt"},
     "blocking": GROUND | {"engine", "dispatch", "model"},
 }

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from splitinfer import __version__
-from splitinfer.cli import bench, cert, chat, demo, generate, node, shard, verify
+from splitinfer.cli import bench, cert, chat, demo, generate, node, plan, shard, verify
 from splitinfer.cli.console import INTERRUPTED, prepare_threads, print_error, report
 
 __all__ = ["main", "make_app"]
@@ -29,6 +29,7 @@ _EPILOG = """
   splitinfer node --experts 0-31              hold half of the demo model
   splitinfer generate "Once" --nodes a:7077   generate, with experts on a node
   splitinfer chat path/to/gemma               talk to a model on this machine
+  splitinfer plan gemma-4-26b-a4b --node a=16GiB --quant int4
   splitinfer bench --rtt                      what the link to a node costs
 
 Settings come from the command line, then the environment
@@ -65,7 +66,7 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_root)
-    for module in (node, generate, chat, shard, verify, bench, cert, demo):
+    for module in (node, generate, chat, plan, shard, verify, bench, cert, demo):
         app.command(module.__name__.rpartition(".")[2], epilog=module.EPILOG)(module.command)
     return app
 

@@ -11,8 +11,8 @@ import typer
 
 from splitinfer import __version__
 from splitinfer.cli.console import busy, human_size, run, screen
-from splitinfer.cli.options import LINK, MODEL, Json, takes
-from splitinfer.cli.processes import node_process
+from splitinfer.cli.options import LINK, MODEL, QUANT, Json, takes
+from splitinfer.cli.processes import node_arguments, node_process
 from splitinfer.cli.rtt import CallFigures, measure_calls, percentile
 from splitinfer.cli.session import client_config, model_of, name_of
 from splitinfer.cli.transport_figures import measure_transport, table_of
@@ -30,6 +30,8 @@ EPILOG = """
   splitinfer bench path/to/gemma --rtt --nodes host:7077
   splitinfer bench --rtt --json | jq .decode.network_ms
   splitinfer bench --transport --nodes host:7077
+  splitinfer bench --decode                predicted beside measured, at 0.2, 2 and 20 ms
+  splitinfer bench path/to/gemma --decode --nodes host:7077
 """
 
 # How long each kind of call is measured.
@@ -39,7 +41,7 @@ PREFILL: dict[str, Any] = {"at_least": 5, "at_most": 100, "seconds": 5.0}
 _LAST_OF_SECTION = ("received", "round trip, p99 ms")
 
 
-@takes(*MODEL, *LINK)
+@takes(*MODEL, *QUANT, *LINK)
 def command(
     rtt: Annotated[
         bool, typer.Option("--rtt", help="Round trips of expert calls: one decode row, one prefill block.")
@@ -48,6 +50,10 @@ def command(
         bool,
         typer.Option("--transport", help="What the link carries: one row, 16 MiB, many rows at a time."),
     ] = False,
+    decode: Annotated[
+        bool,
+        typer.Option("--decode", help="Tokens/s of several ways to decode, predicted beside measured."),
+    ] = False,
     json_: Json = False,
     *,
     settings: Settings,
@@ -55,23 +61,29 @@ def command(
     """Measure what a link and its nodes allow.
 
     Without --nodes one node with all experts is started on loopback, in a
-    process of its own.
+    process of its own; --decode starts one or two, and emulates three links
+    unless --simulate-rtt names one.
     """
-    if rtt == transport:
+    if rtt + transport + decode != 1:
         raise UsageError(
-            "one thing can be measured at a time" if rtt else "there is nothing to measure",
-            remedy="Say what: splitinfer bench --rtt, or splitinfer bench --transport.",
+            "one thing can be measured at a time" if rtt or decode else "there is nothing to measure",
+            remedy="Say what: splitinfer bench --rtt, --transport or --decode.",
         )
     with busy(f"opening {name_of(settings)}"):
         from splitinfer.model.hub import resolve_model
         from splitinfer.model.weights import Checkpoint
 
         checkpoint = Checkpoint.open(resolve_model(model_of(settings)))
+    if decode:
+        from splitinfer.cli.bench_decode import bench_decode
+
+        bench_decode(settings, checkpoint, json_=json_)
+        return
     with ExitStack() as stack:
         addresses = settings.nodes
         if not addresses:
             with busy("starting a node on loopback"):
-                addresses = (stack.enter_context(node_process(_everything(checkpoint, settings))),)
+                addresses = (stack.enter_context(node_process(node_arguments(checkpoint, settings))),)
         if transport:
             run(_measure_links(settings, addresses, json_=json_))
             return
@@ -80,25 +92,6 @@ def command(
         print(json.dumps(_as_json(settings, figures)))
     else:
         _print_table(settings, figures)
-
-
-def _everything(checkpoint: Checkpoint, settings: Settings) -> list[str]:
-    """The arguments of a node that holds the whole model and trusts as this side does.
-
-    All are said, because settings from a file or the environment reach that process too.
-    """
-    config = checkpoint.config
-    arguments = {
-        "experts": f"0-{config.num_experts - 1}",
-        "layers": f"0-{config.num_hidden_layers - 1}",
-        "slice": settings.slice and "1/1",
-        "host": "127.0.0.1",
-        "compression": settings.compression,
-        "token-file": settings.token_file,
-        "tls-cert": settings.tls_cert,
-        "tls-key": settings.tls_key,
-    }
-    return [str(checkpoint.path), *(f"--{name}={value}" for name, value in arguments.items() if value)]
 
 
 async def _measure(

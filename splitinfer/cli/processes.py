@@ -9,13 +9,39 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import Empty, Queue
 from threading import Thread
+from typing import TYPE_CHECKING
 
+from splitinfer.config import Settings
 from splitinfer.errors import SplitinferError
 
-__all__ = ["node_process"]
+if TYPE_CHECKING:
+    from splitinfer.model.weights import Checkpoint
+
+__all__ = ["node_arguments", "node_process"]
 
 START_TIMEOUT = 60.0  # seconds a node gets to map its weights and listen
 STOP_TIMEOUT = 15.0  # seconds it gets to drain before it is killed
+
+
+def node_arguments(checkpoint: Checkpoint, settings: Settings, **other: str | None) -> list[str]:
+    """The arguments of a node that holds the whole model and trusts as this side does, but for `other`.
+
+    All are said, because settings from a file or the environment reach that process too.
+    """
+    config = checkpoint.config
+    arguments = {
+        "experts": f"0-{config.num_experts - 1}",
+        "layers": f"0-{config.num_hidden_layers - 1}",
+        "slice": settings.slice and "1/1",
+        "host": "127.0.0.1",
+        "quant": settings.quant,
+        "compression": settings.compression,
+        "token-file": settings.token_file,
+        "tls-cert": settings.tls_cert,
+        "tls-key": settings.tls_key,
+        **other,
+    }
+    return [str(checkpoint.path), *(f"--{name}={value}" for name, value in arguments.items() if value)]
 
 
 @contextmanager

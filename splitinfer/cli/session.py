@@ -22,6 +22,7 @@ __all__ = [
     "Request",
     "as_json",
     "client_config",
+    "engine_settings",
     "model_of",
     "name_of",
     "open_engine",
@@ -113,11 +114,11 @@ def server_config(settings: Settings) -> ServerConfig:
     )
 
 
-def _arguments(settings: Settings) -> dict[str, Any]:
-    """The arguments of both engines beside the model."""
+def engine_settings(settings: Settings) -> dict[str, Any]:
+    """The fields of `EngineConfig` that these settings say. Raises as `client_config` does."""
     names = (
-        "nodes", "device", "dtype", "threads", "context", "timeout", "local_layers", "local_memory", "exact",
-        "draft", "draft_depth", "trace", "quant", "quant_attention", "quant_dense", "quant_embeddings",
+        "device", "dtype", "threads", "context", "timeout", "local_layers", "local_memory", "exact", "draft",
+        "draft_depth", "trace", "quant", "quant_attention", "quant_dense", "quant_embeddings",
         "quant_lm_head",
     )  # fmt: skip
     return {name: getattr(settings, name) for name in names} | {"transport": client_config(settings)}
@@ -130,7 +131,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[AsyncEngine]:
         with busy(f"loading {name_of(settings)}"):
             from splitinfer.engine import AsyncEngine
 
-            engine = AsyncEngine(model_of(settings), **_arguments(settings))
+            engine = AsyncEngine(model_of(settings), nodes=settings.nodes, **engine_settings(settings))
             await stack.enter_async_context(engine)
         yield engine
 

@@ -11,11 +11,13 @@ __all__ = ["resolve_model"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights as safetensors, settings, tokenizer: nothing that could hold code or a pickle.
-FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
+FILES = ("*.safetensors", *SMALL_FILES)
 
 
-def resolve_model(model: str | Path) -> Path:
-    """The directory of `model`: the path itself, or a download of the hub id `owner/name`.
+def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
+    """The directory of `model`: the path itself, or a download of the hub id `owner/name`, with its weights
+    or without.
 
     Raises CheckpointError for what is neither on this machine nor reachable.
     """
@@ -33,7 +35,7 @@ def resolve_model(model: str | Path) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(FILES if weights else SMALL_FILES)))
     except (RepositoryNotFoundError, HFValidationError):
         what, remedy = "there is no such model, or it needs a login", "Check the id, or run `hf auth login`."
     except (LocalEntryNotFoundError, OSError) as error:

@@ -20,7 +20,7 @@ from splitinfer.model.config import ModelConfig, load_config, read_json
 from splitinfer.model.mapped import DTYPES, MappedFile, TensorEntry
 from splitinfer.model.quantize import GROUP, Packed, natural_format, piece_rows, quantize
 
-__all__ = ["Checkpoint", "arithmetic", "canonical_name", "expected_tensors"]
+__all__ = ["Checkpoint", "arithmetic", "canonical_name", "expected_tensors", "has_weights"]
 
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.", "multi_modal_projector.")
@@ -267,6 +267,11 @@ class Checkpoint:
         if name not in self._located:
             raise CheckpointError(f"{self.path} has no tensor {name}", path=str(self.path))
         return self._located[name]
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether there is more than a configuration: a shard, or safetensors."""
+    return any((directory / name).is_file() for name in (SHARD, INDEX, SINGLE))
 
 
 def _locate(directory: Path) -> Iterator[tuple[str, MappedFile]]:

@@ -1,0 +1,257 @@
+"""A few quantities from which every case of `bench --decode` is predicted: this machine's work by rows, calls
+by rows over one link, round trips of the others.
+
+The client's work is measured with experts that are not there: each layer waits a moment instead of calling,
+so that caches and cores are as idle as they are with a network in between. Calls are made one after the
+other, of random rows with random routing. No case of the table is run for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter, thread_time
+from typing import TYPE_CHECKING, Any
+
+from splitinfer.planning.cost import CallCost, ClientCost, Curve
+from splitinfer.timing import Timeline
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from splitinfer.dispatch import RemoteExperts
+    from splitinfer.engine import AsyncEngine
+    from splitinfer.model.cache import KVCache
+    from splitinfer.model.config import ModelConfig
+    from splitinfer.model.experts import ExpertBank
+
+__all__ = ["ROWS", "Effort", "calibrate_calls", "calibrate_client", "calibrate_drafter"]
+
+ROWS = (1, 2, 4, 8)
+GROUP = 4  # sequences in a step of several: half of the table's streams
+PAUSE = 0.001  # seconds that a layer waits where a call would be
+BETWEEN_CALLS = 0.0003  # seconds of the client's own work between two calls, about
+CONTEXT = 96  # tokens before the rows that are measured
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 0, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often each kind of thing is measured. A fifth as many come before, to warm up."""
+
+    steps: int = 30
+    calls: int = 60
+    pings: int = 30
+    tokens: int = 32
+
+    @staticmethod
+    def warm_up(count: int) -> int:
+        return 1 + count // 5
+
+
+class _Absent:
+    """Experts that are not there: a pause in place of a call. The rows themselves are the answer.
+
+    `bank` is asked for every layer's rows beside, to time what a layer costs that is kept here.
+    """
+
+    def __init__(self, bank: ExpertBank | None = None) -> None:
+        self.bank = bank
+
+    def dispatch(
+        self,
+        layer: int,
+        x: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        timeline: Timeline | None = None,
+    ) -> Awaitable[Tensor]:
+        if self.bank is not None:
+            start = perf_counter()
+            self.bank.forward(0, x, top_k_index, top_k_weights)
+            if timeline is not None:
+                timeline.add("experts", layer, start, perf_counter())
+        return self._wait(layer, x, timeline)
+
+    async def _wait(self, layer: int, x: Tensor, timeline: Timeline | None) -> Tensor:
+        start = perf_counter()
+        await asyncio.sleep(PAUSE)
+        if timeline is not None:
+            timeline.add("network", layer, start, perf_counter())
+        return x
+
+
+@contextmanager
+def _without_experts(engine: AsyncEngine, bank: ExpertBank | None = None) -> Iterator[_Absent]:
+    model, absent = engine.model, _Absent(bank)
+    there, model.experts = model.experts, absent
+    try:
+        yield absent
+    finally:
+        model.experts = there
+
+
+async def calibrate_calls(
+    experts: RemoteExperts, config: ModelConfig, dtype: torch.dtype, round_trip: float, effort: Effort
+) -> CallCost:
+    """What calls of 1 to 8 rows of `dtype` cost, over a link of that round trip."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    layers = list(experts.placement.holders)
+    parts: dict[str, dict[int, float]] = {name: {} for name in ("dispatch", "network", "experts", "combine")}
+    for rows in ROWS:
+        x = torch.randn(rows, config.hidden_size, generator=generator).to(dtype)
+        weights = torch.full((rows, config.top_k_experts), 1.0 / config.top_k_experts)
+        taken: dict[str, list[float]] = {name: [] for name in parts}
+        for number in range(-effort.warm_up(effort.calls), effort.calls):
+            _work_for(BETWEEN_CALLS)
+            index = torch.rand(rows, config.num_experts, generator=generator).topk(config.top_k_experts)[1]
+            timeline = Timeline()
+            await experts.dispatch(layers[number % len(layers)], x, index, weights, timeline)
+            if number >= 0:
+                for name, seconds in timeline.by_phase().items():
+                    taken[name].append(seconds)
+        for name, found in taken.items():
+            parts[name][rows] = median(found)
+    handling = {rows: max(0.0, seconds - round_trip) for rows, seconds in parts["network"].items()}
+    return CallCost(
+        round_trip,
+        experts=Curve.of(parts["experts"]),
+        send=Curve.of(parts["dispatch"]),
+        combine=Curve.of(parts["combine"]),
+        handling=Curve.of(handling),
+    )
+
+
+def _work_for(seconds: float) -> None:
+    """Keeps this core busy, as the client's own half of a layer does between two calls."""
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        pass
+
+
+async def calibrate_client(engine: AsyncEngine, bank: ExpertBank | None, effort: Effort) -> ClientCost:
+    """What this machine's half of a step costs, by rows; `bank` has one layer's experts, if any stay here."""
+    with _without_experts(engine, bank) as absent:
+        parts = {rows: await _steps(engine, [rows], effort) for rows in ROWS}
+        group = await _steps(engine, [1] * GROUP, effort)
+        absent.bank = None
+        alone = await _token(engine, parts[1], effort)
+        together = await _token_of_many(engine, group, effort)
+    apart = (group["attention"] - parts[GROUP]["attention"]) / (GROUP - 1)
+    curves = {name: Curve.of({n: found[name] for n, found in parts.items()}) for name in parts[1]}
+    return ClientCost(
+        attention=curves["attention"],
+        dense=curves["dense"],
+        experts=curves["experts"],
+        head=curves["head"],
+        step=curves["step"],
+        sequence=max(0.0, apart),
+        token=Curve.of({1: alone, GROUP: together}),
+    )
+
+
+async def _steps(engine: AsyncEngine, sequences: Sequence[int], effort: Effort) -> dict[str, float]:
+    """Seconds of a step with that many rows of each sequence: of a layer by part, of the head, of the
+    rest."""
+    import torch
+
+    from splitinfer.model.compute import compute
+    from splitinfer.model.gemma import Segment
+
+    model, layers = engine.model, engine.config.num_hidden_layers
+    caches: list[KVCache] = []
+    for _ in sequences:
+        caches.append(engine.new_cache())
+        await model.forward([Segment(_tokens(engine), caches[-1])])
+    taken = defaultdict[str, list[float]](list)
+    for number in range(-effort.warm_up(effort.steps), effort.steps):
+        pairs = zip(sequences, caches, strict=True)
+        segments = [Segment(torch.arange(rows), cache) for rows, cache in pairs]
+        timeline, start = Timeline(), perf_counter()
+        hidden = await model.forward(segments, timeline=timeline)
+        await compute(len(hidden), model.logits, hidden, timeline=timeline)
+        seconds = perf_counter() - start
+        for cache in caches:
+            cache.truncate(_context(engine))
+        if number < 0:
+            continue
+        phases = timeline.by_phase()
+        taken["attention"].append((phases["attention"] + phases["combine"]) / layers)
+        taken["dense"].append(phases["dense"] / layers)
+        taken["experts"].append(phases.get("experts", 0.0) / layers)
+        taken["head"].append(phases["head"])
+        taken["step"].append(seconds - sum(phases.values()))
+    return {name: median(found) for name, found in taken.items()}
+
+
+async def _token(engine: AsyncEngine, step: dict[str, float], effort: Effort) -> float:
+    """What a token costs once its logits are there: choosing it, its text, and the engine's steps around
+    it."""
+    prompt = _tokens(engine).tolist()
+    await engine.generate(prompt, max_tokens=2, **SAMPLING)
+    timings = (await engine.generate(prompt, max_tokens=effort.tokens, **SAMPLING)).timings
+    in_layers = sum(sum(layer.values()) for layer in timings.layers)
+    return max(0.0, 1 / timings.decode_tokens_per_second - in_layers - step["head"] - step["step"])
+
+
+async def _token_of_many(engine: AsyncEngine, step: dict[str, float], effort: Effort) -> float:
+    """The same where many sequences share steps, from the processor time that it takes here: the pauses of
+    one group are filled with the work of the other."""
+    prompt, streams = _tokens(engine).tolist(), 2 * GROUP
+
+    async def busy(tokens: int) -> float:
+        start = thread_time()
+        replies = (engine.generate(prompt, max_tokens=tokens, **SAMPLING) for _ in range(streams))
+        await asyncio.gather(*replies)
+        return thread_time() - start
+
+    await busy(2)
+    prefill = await busy(1)
+    each = (await busy(effort.tokens) - prefill) / (streams * (effort.tokens - 1))
+    layers = engine.config.num_hidden_layers
+    shared = layers * (step["attention"] + step["dense"]) + step["head"] + step["step"]
+    return max(0.0, each - shared / GROUP)
+
+
+async def calibrate_drafter(engine: AsyncEngine, drafter: str, depth: int, effort: Effort) -> float:
+    """Seconds of one guess, where `depth` are made at a time."""
+    import torch
+
+    from splitinfer.drafting import choose_drafter
+    from splitinfer.model.drafter import Context
+    from splitinfer.model.gemma import Segment
+    from splitinfer.model.sampling import Sampler, SamplingParams
+
+    made = choose_drafter(drafter, engine.model, engine.checkpoint.path)
+    assert made is not None
+    model, drafts = engine.model, made()
+    sampler = Sampler(SamplingParams(temperature=0.7, seed=0))
+    ids, cache, taken = _tokens(engine).tolist(), engine.new_cache(), list[float]()
+    with _without_experts(engine):
+        hidden = (await model.forward([Segment(torch.tensor(ids[:-1]), cache)]))[-1:]
+        for number in range(-effort.warm_up(effort.steps), effort.steps):
+            start = perf_counter()
+            guesses = await drafts.propose(Context(ids, hidden, cache, sampler, len(ids)), depth)
+            if number >= 0:
+                taken.append((perf_counter() - start) / max(1, len(guesses)))
+            hidden = await model.forward([Segment(torch.tensor(ids[-1:]), cache)])
+            ids.append(len(ids) % engine.config.vocab_size)
+    return median(taken)
+
+
+def _context(engine: AsyncEngine) -> int:
+    return min(CONTEXT, engine.context // 2)
+
+
+def _tokens(engine: AsyncEngine) -> Tensor:
+    """Some token ids, as many as there is context before what is measured."""
+    import torch
+
+    return torch.arange(_context(engine)) % engine.config.vocab_size

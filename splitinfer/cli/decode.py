@@ -1,0 +1,262 @@
+"""Decoding for real beside what was predicted for it: the cases of `bench --decode`.
+
+A case is predicted from the calibration (`splitinfer.cli.calibration`) and then run. Calls are calibrated
+over the first link only; of the others only the round trip of an empty message is known beforehand. How many
+drafts are right is not a matter of time: it is taken from decoding the same text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from splitinfer.cli.calibration import (
+    Effort,
+    calibrate_calls,
+    calibrate_client,
+    calibrate_drafter,
+)
+from splitinfer.cli.console import busy, run
+from splitinfer.planning.cost import CallCost, ClientCost, Prediction, Setup, batched, drafted, plain
+
+if TYPE_CHECKING:
+    from splitinfer.engine import AsyncEngine
+    from splitinfer.engine_config import EngineConfig
+    from splitinfer.generation import Completion
+    from splitinfer.transport import ClientConfig
+    from splitinfer.transport.link import LinkSpec
+
+__all__ = ["STREAMS", "Bench", "Case", "Decoded", "Link", "apart"]
+
+STREAMS = 8
+PROMPT = '''"""Reads settings from a file.
+
+Every line is a name, an equals sign and a value.
+"""
+
+import os
+
+
+def read_settings(path):
+    """Return the settings in the file as a dictionary."""
+'''
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "ignore_eos": True}
+AT_LEAST = 1.0  # seconds that a case is run: short ones are repeated, and the median counts
+AT_MOST = 5  # times
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: what is asked of the engine, and how many replies at once."""
+
+    name: str
+    local: tuple[int, ...] = ()
+    depth: int = 0
+    streams: int = 1
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link by name; `spec` None is the one at hand."""
+
+    name: str
+    spec: LinkSpec | None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One case over one link: the link's own round trip in seconds, what was predicted, and the tokens per
+    second that were measured."""
+
+    link: str
+    nodes: str
+    case: str
+    round_trip: float
+    predicted: Prediction
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted.tokens_per_second / self.measured
+
+
+@dataclass
+class Bench:
+    """Calibrates, predicts and decodes. `config` is that of every engine, but for the link, drafts and local
+    layers, which are the case's; `drafter` is what `--draft` would name. What was calibrated stays readable.
+    """
+
+    model: Path
+    config: EngineConfig
+    links: Sequence[Link]
+    drafter: str | None = None
+    settle: Callable[[], None] = lambda: None
+    effort: Effort = Effort()  # noqa: RUF009 -- it is frozen
+    client: ClientCost | None = None
+    calls: dict[str, CallCost] = field(default_factory=dict)
+    yields: dict[int, float] = field(default_factory=dict)
+
+    def measure(self, nodes: str, addresses: Sequence[str], cases: Sequence[Case]) -> Iterator[Decoded]:
+        """Every case over every link, on nodes that a person knows as `nodes`."""
+        with busy(f"{nodes}: calibrating"):
+            trips = run(self._calibrate(nodes, addresses, cases))
+        for link, trip in zip(self.links, trips, strict=True):
+            for case in cases:
+                with busy(f"{nodes}, {link.name}: {case.name}"):
+                    predicted = self._predict(replace(self.calls[nodes], round_trip=trip), case)
+                    measured = run(self._decode(addresses, link, case))
+                yield Decoded(link.name, nodes, case.name, trip, predicted, measured)
+
+    def _predict(self, call: CallCost, case: Case) -> Prediction:
+        assert self.client is not None
+        local = len(case.local)
+        setup = Setup(self.client, ((local, None), (self.layers - local, call)))
+        if case.streams > 1:
+            return batched(setup, case.streams)
+        return drafted(setup, case.depth, self.yields[case.depth]) if case.depth else plain(setup)
+
+    async def _calibrate(self, nodes: str, addresses: Sequence[str], cases: Sequence[Case]) -> list[float]:
+        """Learn what the cases need and is not known yet; the round trips of all links."""
+        from splitinfer.dispatch import RemoteExperts
+        from splitinfer.model.experts import ExpertBank
+
+        trips = []
+        for link in self.links:
+            trips.append(await self._round_trip(addresses[0], link))
+        async with self._open(addresses, self.links[0]) as engine:
+            self.settle()
+            self.layers = engine.config.num_hidden_layers
+            experts = engine.model.experts
+            assert isinstance(experts, RemoteExperts)  # no layer is local yet
+            self.calls[nodes] = await calibrate_calls(
+                experts, engine.config, engine.model.dtype, trips[0], self.effort
+            )
+            if self.client is None:
+                bank = None
+                if any(case.local for case in cases):
+                    every = {0: range(engine.config.num_experts)}
+                    format = self.config.quant_config().experts
+                    bank = ExpertBank(
+                        engine.checkpoint, every, dtype=self.config.torch_dtype(), format=format
+                    )
+                self.client = await calibrate_client(engine, bank, self.effort)
+                if self.drafter is not None:
+                    depth = max(case.depth for case in cases)
+                    cost = await calibrate_drafter(engine, self.drafter, depth, self.effort)
+                    self.client = replace(self.client, draft=cost)
+        for depth in {case.depth for case in cases} - self.yields.keys() - {0}:
+            self.yields[depth] = await self._accepted(addresses, depth)
+        return trips
+
+    async def _round_trip(self, address: str, link: Link) -> float:
+        from splitinfer.transport import connect
+
+        async with await connect(address, config=self._transport(link)) as channel:
+            self.settle()
+            return median([await channel.ping() for _ in range(self.effort.pings)])
+
+    def _transport(self, link: Link) -> ClientConfig:
+        from splitinfer.transport import ClientConfig
+
+        given = self.config.transport or ClientConfig()
+        return given if link.spec is None else replace(given, link=link.spec)
+
+    def _open(self, addresses: Sequence[str], link: Link, case: Case | None = None) -> AsyncEngine:
+        """An engine on these nodes over that link, with what the case asks for (None: nothing)."""
+        from splitinfer.engine import AsyncEngine
+        from splitinfer.placement import format_ranges
+
+        config = replace(
+            self.config,
+            draft="off",
+            draft_depth="auto",
+            local_layers=None,
+            local_memory=None,
+            transport=self._transport(link),
+        )
+        if case is not None and case.depth and self.drafter is not None:
+            config = replace(config, draft=self.drafter, draft_depth=case.depth)
+        if case is not None and case.local:
+            config = replace(config, local_layers=format_ranges(case.local))
+        return AsyncEngine(self.model, addresses, config=config)
+
+    async def _accepted(self, addresses: Sequence[str], depth: int) -> float:
+        """Tokens of a step with that many drafts, in the text that the cases decode."""
+        async with self._open(addresses, self.links[0], Case("", depth=depth)) as engine:
+            self.settle()
+            usage = (await self._reply(engine)).usage
+        return 1 + depth * usage.accepted_tokens / max(1, usage.drafted_tokens)
+
+    async def _decode(self, addresses: Sequence[str], link: Link, case: Case) -> float:
+        """Tokens per second, the median of as many runs as there is time for."""
+        rates: list[float] = []
+        async with self._open(addresses, link, case) as engine:
+            self.settle()
+            await self._reply(engine, max_tokens=4)
+            begun = perf_counter()
+            while len(rates) < AT_MOST and (not rates or perf_counter() - begun < AT_LEAST):
+                if case.streams > 1:
+                    rates.append(await self._together(engine, case.streams))
+                else:
+                    rates.append((await self._reply(engine)).timings.decode_tokens_per_second)
+        return median(rates)
+
+    async def _reply(self, engine: AsyncEngine, max_tokens: int | None = None) -> Completion:
+        return await engine.generate(
+            _prompt(engine), max_tokens=max_tokens or self.effort.tokens, seed=1, **SAMPLING
+        )
+
+    async def _together(self, engine: AsyncEngine, streams: int) -> float:
+        """Tokens of all replies per second, while all of them are decoding."""
+        arrivals: list[list[float]] = [[] for _ in range(streams)]
+
+        async def follow(number: int) -> None:
+            async for _ in engine.stream(
+                _prompt(engine), max_tokens=self.effort.tokens, seed=number, **SAMPLING
+            ):
+                arrivals[number].append(perf_counter())
+
+        await asyncio.gather(*(follow(number) for number in range(streams)))
+        begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+        made = sum(sum(begin < at <= end for at in times) for times in arrivals)
+        return made / max(end - begin, 1e-9)
+
+
+def _prompt(engine: AsyncEngine) -> str | list[int]:
+    """The same text for every case, or token ids where the model has no tokenizer."""
+    if engine.tokenizer is not None:
+        return PROMPT
+    return [n % engine.config.vocab_size for n in range(2, 40)]
+
+
+@contextmanager
+def apart() -> Iterator[Callable[[], None]]:
+    """Keeps this process on one half of the cores; what it yields moves the processes that it has started,
+    nodes and links, to the other half. So they do not take the client's core, as they would not on other
+    machines.
+
+    Does nothing where there is one core, or the system does not let a process choose.
+    """
+    import psutil
+
+    if not hasattr(os, "sched_setaffinity") or len(before := sorted(os.sched_getaffinity(0))) < 2:
+        yield lambda: None
+        return
+    half = len(before) // 2
+
+    def move() -> None:
+        for child in psutil.Process().children():
+            child.cpu_affinity(before[half:])
+
+    os.sched_setaffinity(0, before[:half])
+    try:
+        yield move
+    finally:
+        os.sched_setaffinity(0, before)

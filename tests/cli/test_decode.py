@@ -1,0 +1,65 @@
+"""Predicted beside measured: every case has both; on a busy machine they only have to be near."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from splitinfer.cli import bench_decode, decode
+from splitinfer.cli.calibration import Effort
+from tests.cli.conftest import Cli, listening
+
+NEAR = 8.0  # times; the bench itself holds 15% on a machine that does nothing else
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decode, "EFFORT", Effort(steps=3, calls=5, pings=3, tokens=6))
+    monkeypatch.setattr(bench_decode, "STREAMS", 2)
+    monkeypatch.setattr(decode, "AT_LEAST", 0.0)
+
+
+def test_nodes_are_started_and_stopped(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decode, "node_sets", lambda _: {"1 node": ({"slice": "1/1"},)})
+    monkeypatch.setattr(bench_decode, "LINKS", ("0.2ms", "2ms"))
+    before, cores = psutil.Process().children(recursive=True), os.sched_getaffinity(0)
+    ran = cli("bench", str(tiny), "--decode", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    found = json.loads(ran.out)
+    each = ["plain", "a third local", "2 streams"]
+    assert [case["case"] for case in found["cases"]] == [*each, *each]
+    assert [case["link"] for case in found["cases"]] == ["0.2ms"] * 3 + ["2ms"] * 3
+    for case in found["cases"]:
+        assert case["ratio"] == pytest.approx(case["predicted"]["tokens_per_second"] / case["measured"])
+        assert 1 / NEAR < case["ratio"] < NEAR
+    for case in found["cases"][3:]:
+        assert 0.002 <= case["round_trip"] < 0.1
+        layers = 3 if case["case"] == "a third local" else 4
+        assert case["predicted"]["terms"]["round trip"] == pytest.approx(layers * case["round_trip"])
+    assert set(found["calibration"]["calls"]) == {"1 node"}
+    assert found["calibration"]["client"]["attention"]["points"][0][0] == 1
+    assert psutil.Process().children(recursive=True) == before
+    assert os.sched_getaffinity(0) == cores
+
+
+def test_sets_of_nodes() -> None:
+    sets = bench_decode.node_sets(11)
+    assert sets["1 node"] == ({},)
+    assert sets["2 nodes"] == ({"experts": "0-4"}, {"experts": "5-10"})
+    assert sets["2 slices"] == ({"slice": "1/2"}, {"slice": "2/2"})
+
+
+def test_nodes_that_run_and_the_drafter_that_comes_with_the_model(cli: Cli) -> None:
+    from splitinfer import demo
+
+    with listening(demo.path()) as (_, address, _):
+        ran = cli("bench", "--decode", "--nodes", address)
+    assert ran.code == 0
+    for text in ("tokens/s, predicted and measured", "this link", "4 drafts", "2 streams"):
+        assert text in ran.out
+    for text in ("a layer on this machine, ms: attention", "a call to 1 node, ms", "4 drafts a step give"):
+        assert text in ran.err
