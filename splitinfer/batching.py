@@ -17,6 +17,7 @@ from time import perf_counter
 from torch import Tensor
 
 from splitinfer.model.compute import compute
+from splitinfer.model.front import Front
 from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.timing import Span, Timeline
 
@@ -43,17 +44,28 @@ class Batcher:
     def __init__(self, model: Gemma, spans: list[Span] | None = None) -> None:
         self._groups = [_Group(model, spans) for _ in range(GROUPS)]
 
+    @property
+    def members(self) -> int:
+        """Sequences that have a seat."""
+        return sum(group.members for group in self._groups)
+
     def seat(self) -> Seat:
         """A place in the smaller group, until it is left."""
-        return Seat(min(self._groups, key=lambda group: group.members))
+        return Seat(self, min(self._groups, key=lambda group: group.members))
 
 
 class Seat:
     """One sequence's place in a group."""
 
-    def __init__(self, group: _Group) -> None:
+    def __init__(self, batcher: Batcher, group: _Group) -> None:
+        self._batcher = batcher
         self._group = group
         self._group.members += 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other sequence decodes beside this one."""
+        return self._batcher.members == 1
 
     async def step(self, segment: Segment, timeline: Timeline) -> Result:
         """Run the rows of `segment`, with whatever the group's other sequences have ready.
@@ -62,6 +74,13 @@ class Seat:
         gives up waiting (is cancelled) has to give up its cache: the step goes on for the others.
         """
         return await self._group.step(segment, timeline)
+
+    def start(self, segment: Segment, timeline: Timeline, front: Front) -> asyncio.Task[Result]:
+        """A step of this sequence's rows by themselves, behind the one that `front` follows; for one `alone`.
+
+        The first of several has to find no step of `step` under way. Cancelled, it takes its rows back.
+        """
+        return self._group.start(segment, timeline, front)
 
     def leave(self) -> None:
         """Give up the place. No step of this sequence may be under way."""
@@ -76,19 +95,17 @@ class _Group:
         self._spans = spans
         self._waiting: list[_Rows] = []
         self._running: asyncio.Task[None] | None = None
-        self._alone = False  # a step of one sequence runs without a task
+        self._alone = 0  # steps of one sequence under way that are nobody else's
         self._timer: asyncio.TimerHandle | None = None
         self._took = 0.0
 
     async def step(self, segment: Segment, timeline: Timeline) -> Result:
         if self.members == 1 and not self._busy:
-            self._alone = True
+            self._alone += 1
             try:
-                hidden = await self._model.forward([segment], timeline=timeline)
-                return hidden, await self._logits(hidden, timeline)
+                return await self._forward([segment], timeline)
             finally:
-                self._alone = False
-                self.launch_if_ready()
+                self._left()
         rows = _Rows(segment, timeline, asyncio.get_running_loop().create_future())
         self._waiting.append(rows)
         self.launch_if_ready()
@@ -98,9 +115,19 @@ class _Group:
             if rows in self._waiting:  # cancelled before its step began
                 self._waiting.remove(rows)
 
+    def start(self, segment: Segment, timeline: Timeline, front: Front) -> asyncio.Task[Result]:
+        task = asyncio.get_running_loop().create_task(self._forward([segment], timeline, front))
+        self._alone += 1
+        task.add_done_callback(self._left)
+        return task
+
+    def _left(self, _: object = None) -> None:
+        self._alone -= 1
+        self.launch_if_ready()
+
     @property
     def _busy(self) -> bool:
-        return self._alone or self._running is not None
+        return self._alone > 0 or self._running is not None
 
     def launch_if_ready(self) -> None:
         """Begin a step when all are there, and otherwise see that it begins before long."""
@@ -122,8 +149,7 @@ class _Group:
     async def _run(self, rows: Sequence[_Rows]) -> None:
         start, timeline = perf_counter(), Timeline(self._spans)
         try:
-            hidden = await self._model.forward([r.segment for r in rows], timeline=timeline)
-            logits = await self._logits(hidden, timeline)
+            hidden, logits = await self._forward([r.segment for r in rows], timeline)
         except BaseException as error:
             for r in rows:
                 if not r.result.done():
@@ -143,5 +169,8 @@ class _Group:
             self._took = perf_counter() - start
             self.launch_if_ready()
 
-    async def _logits(self, hidden: Tensor, timeline: Timeline) -> Tensor:
-        return await compute(len(hidden), self._model.logits, hidden, timeline=timeline)
+    async def _forward(
+        self, segments: Sequence[Segment], timeline: Timeline, front: Front | None = None
+    ) -> Result:
+        hidden = await self._model.forward(segments, timeline=timeline, front=front)
+        return hidden, await compute(len(hidden), self._model.logits, hidden, timeline=timeline)

@@ -6,13 +6,18 @@ decoding; drafts count as far as they equal those tokens, the first that differs
 and rows behind it are taken back from the cache. So the output does not depend on the drafter, greedy or
 sampled. (Speculative sampling by rejection, Leviathan et al. 2023, accepts a little more often above
 temperature 0 and gives other tokens of the same distribution.)
+
+Such a step is a window. Where drafts are mostly right, further windows start down the layers behind it before
+its result is known, as the chunks of a prompt do, on the assumption that all of it is right and that its next
+token is their first. Where that fails they are given up, and their rows leave the cache.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -20,19 +25,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from splitinfer.batching import Seat
+from splitinfer.batching import Result, Seat
+from splitinfer.draft_depth import Depth, Step
 from splitinfer.errors import UsageError
 from splitinfer.model.cache import KVCache
-from splitinfer.model.compute import INLINE_ROWS
 from splitinfer.model.drafter import Context, Drafter, PromptLookup, open_drafter
+from splitinfer.model.front import Front
 from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.model.sampling import Sampler
 from splitinfer.timing import Timeline
 
-__all__ = ["MAX_DEPTH", "Count", "Decoder", "Depth", "check_depth", "choose_drafter"]
-
-MAX_DEPTH = INLINE_ROWS - 1  # drafts of one step
-FIRST_DEPTH = 4  # of the very first, when nothing has been measured
+__all__ = ["Count", "Decoder", "choose_drafter"]
 
 
 def choose_drafter(setting: str, target: Gemma, model: Path) -> Callable[[], Drafter] | None:
@@ -56,112 +59,27 @@ def choose_drafter(setting: str, target: Gemma, model: Path) -> Callable[[], Dra
     return open_drafter(companion, target) if (companion / "config.json").is_file() else PromptLookup
 
 
-def check_depth(setting: int | str) -> int | None:
-    """`--draft-depth`: a number of drafts, or None for "auto". Raises UsageError."""
-    if setting == "auto":
-        return None
-    if isinstance(setting, int) and 1 <= setting <= MAX_DEPTH:
-        return setting
-    raise UsageError(
-        f"a draft depth of {setting} is not possible", remedy=f"Choose auto, or 1 to {MAX_DEPTH}."
-    )
-
-
-@dataclass(slots=True)
-class _Line:
-    """Seconds of a step as a line over its rows, by least squares in which older steps fade.
-
-    As long as all steps had as many rows, the slope is a guess: half of the arithmetic of one row, as experts
-    are rarely shared by two rows and everything else is.
-    """
-
-    decay: float = 0.9
-    weight: float = 0.0
-    x: float = 0.0
-    y: float = 0.0
-    xx: float = 0.0
-    xy: float = 0.0
-    arithmetic: float = 0.0  # seconds of a row that were not spent on the network
-
-    def add(self, rows: int, seconds: float, network: float) -> None:
-        for name, value in {
-            "weight": 1.0, "x": rows, "y": seconds, "xx": rows * rows, "xy": rows * seconds,
-            "arithmetic": (seconds - network) / rows,
-        }.items():  # fmt: skip
-            setattr(self, name, getattr(self, name) * self.decay + value)
-
-    def at(self, rows: int) -> float:
-        guess, trust = 0.5 * self.arithmetic / self.weight, 1.0
-        spread = self.xx - self.x * self.x / self.weight
-        slope = max(0.0, (self.xy - self.x * self.y / self.weight + trust * guess) / (spread + trust))
-        return max(1e-9, self.y / self.weight + slope * (rows - self.x / self.weight))
-
-
-@dataclass(slots=True)
-class Depth:
-    """How many drafts to verify: as many as give the most tokens per second, by what was measured so far.
-
-    `fixed` overrules it. With depth n a step yields 1 + a1 + a1 a2 + ... + a1 ... an tokens, where ai is how
-    often draft i was right when the ones before it were, and takes the time of n + 1 rows and n drafts. The
-    round trips are in that time, so a slow link or a good drafter makes it deep, a fast link and a poor one
-    0. Now and then it tries again where it had given up.
-    """
-
-    fixed: int | None = None
-    fade: float = 0.97
-    reached: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
-    right: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
-    line: _Line = field(default_factory=_Line)
-    draft_seconds: float = 0.0
-    idle: int = 0  # steps without drafts since the last with some
-    patience: int = 8  # so many of them, then a try
-
-    def choose(self, limit: int) -> int:
-        """The number of drafts for the next step, at most `limit`."""
-        limit = min(limit, MAX_DEPTH)
-        if self.fixed is not None:
-            return min(self.fixed, limit)
-        if not self.line.weight:
-            return min(FIRST_DEPTH, limit)
-        if self.idle >= self.patience:
-            return min(1, limit)
-        best, best_rate, expected, chain = 0, 1 / self.line.at(1), 1.0, 1.0
-        for depth in range(1, limit + 1):
-            chain *= self.acceptance(depth)
-            expected += chain
-            rate = expected / (self.line.at(depth + 1) + depth * self.draft_seconds)
-            if rate > best_rate:
-                best, best_rate = depth, rate
-        return best
-
-    def acceptance(self, place: int) -> float:
-        """How often draft `place` (from 1) is right, once it is reached; the mean of all where few were."""
-        pooled = (sum(self.right.values()) + 1.2) / (sum(self.reached.values()) + 2.0)
-        return (self.right[place] + 2 * pooled) / (self.reached[place] + 2)
-
-    def record(self, drafted: int, accepted: int, drafting: float, seconds: float, network: float) -> None:
-        """A step with `drafted` drafts, `accepted` of them right: seconds of drafting, of the step without
-        it, and the part of those that the network took."""
-        self.line.add(drafted + 1, seconds, network)
-        if not drafted:
-            self.idle += 1
-            return
-        if self.idle >= self.patience:
-            self.patience = 8 if accepted else min(128, self.patience * 2)
-        self.idle = 0
-        per_draft = drafting / drafted
-        self.draft_seconds += (per_draft - self.draft_seconds) * (0.2 if self.draft_seconds else 1.0)
-        for place in range(1, min(accepted + 1, drafted) + 1):
-            self.reached[place] = self.reached[place] * self.fade + 1
-            self.right[place] = self.right[place] * self.fade + (place <= accepted)
-
-
 class Count(NamedTuple):
     """Steps taken after the prompt, drafts verified in them, and drafts that were right."""
 
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+
+
+@dataclass(slots=True)
+class _Window:
+    """Rows that are being verified: a token, certain or, where it `follows` another window, a guess, and the
+    drafts behind it."""
+
+    rows: list[int]
+    follows: bool
+    start: int  # the cache's length before
+    result: Awaitable[Result]
+    front: Front | None
+    timeline: Timeline
+    began: float
+    drafting: float  # seconds
 
 
 class Decoder:
@@ -193,6 +111,7 @@ class Decoder:
         self._timeline = timeline
         self._drafter = drafter
         self._depth = depth
+        self._windows: deque[_Window] = deque()  # under way, the oldest first
         self.count = Count()
 
     def first(self, logits: Tensor) -> int:
@@ -201,31 +120,110 @@ class Decoder:
 
     async def step(self, limit: int) -> list[int]:
         """The next tokens, 1 to `limit` of them."""
-        start, drafts = perf_counter(), list[int]()
-        depth = self._depth.choose(limit - 1) if self._drafter is not None else 0
-        if self._drafter is not None and depth:
-            index = len(self._ids) - self._prompt
-            context = Context(self._ids, self._hidden, self._cache, self._sampler, index)
-            drafts = await self._drafter.propose(context, depth)
-            self._timeline.add("draft", -1, start, perf_counter())
-        drafted, network = perf_counter(), self._network()
-        kept = self._cache.length
-        rows = torch.tensor([self._ids[-1], *drafts])
-        hidden, logits = await self._seat.step(Segment(rows, self._cache), self._timeline)
-        tokens = self._sample(logits, drafts)
-        if len(tokens) <= len(drafts):
-            self._cache.truncate(kept + len(tokens))
+        try:
+            await self._fill(limit)
+            window = self._windows.popleft()
+            hidden, logits = await window.result
+        except BaseException:
+            await self.close()
+            raise
+        self._timeline.merge(window.timeline)
+        tokens = self._sample(logits, window.rows[1:])
+        following = self._windows[0].rows[0] if self._windows else None
+        whole = len(tokens) == len(window.rows)
+        if self._windows and not (whole and following == tokens[-1]):
+            await self.close()
+        if not (whole and self._windows):
+            self._cache.truncate(window.start + len(tokens))
         self._hidden = hidden[len(tokens) - 1 : len(tokens)]
-        self._depth.record(
-            len(drafts),
-            len(tokens) - 1,
-            drafted - start,
-            perf_counter() - drafted,
-            self._network() - network,
-        )
-        steps, proposed, accepted = self.count
-        self.count = Count(steps + 1, proposed + len(drafts), accepted + len(tokens) - 1)
+        self._record(window, tokens, following)
         return tokens
+
+    async def close(self) -> None:
+        """Give up what is under way. Afterwards the cache holds the windows whose results were taken."""
+        given_up = [window.result for window in self._windows if isinstance(window.result, asyncio.Task)]
+        for task in given_up:
+            task.cancel()
+        # No other step may begin before their rows have left the cache.
+        await asyncio.gather(*given_up, return_exceptions=True)
+        self._windows.clear()
+
+    async def _fill(self, limit: int) -> None:
+        """Start windows, so many as pay. Only the first may have to be there: it needs no drafts."""
+        depth = windows = 0
+        if self._drafter is not None:
+            depth, windows = self._depth.choose(limit - 1, alone=self._seat.alone)
+        if not self._windows:
+            await self._begin(min(depth, limit - 1), behind=windows > 1)
+        while len(self._windows) < windows:
+            room = limit - sum(len(window.rows) for window in self._windows)
+            if room < 1 or not await self._follow(min(depth, room - 1)):
+                break
+
+    async def _begin(self, depth: int, *, behind: bool) -> None:
+        """The first window, whose first row is certain; as a task where others are to start `behind` it."""
+        start = perf_counter()
+        rows = [self._ids[-1], *await self._draft(depth)]
+        self._launch(rows, Front() if behind else None, start)
+        if behind:
+            await asyncio.sleep(0)  # it is on the wire before the next one is drafted
+
+    async def _follow(self, depth: int) -> bool:
+        """One window more, if the drafter has anything to say behind those under way and these take one."""
+        last, start = self._windows[-1], perf_counter()
+        if last.front is None or not self._seat.alone:
+            return False
+        rows = await self._draft(depth + 1)
+        if rows:
+            self._launch(rows, Front(last.front), start)
+            await asyncio.sleep(0)
+        return bool(rows)
+
+    async def _draft(self, depth: int) -> list[int]:
+        """At most `depth` tokens behind all that is known and assumed."""
+        if self._drafter is None or not depth:
+            return []
+        start = perf_counter()
+        index = len(self._ids) - self._prompt
+        guesses = [row for window in self._windows for row in window.rows][1:]
+        context = Context(self._ids, self._hidden, self._cache, self._sampler, index, guesses)
+        drafts = await self._drafter.propose(context, depth)
+        self._timeline.add("draft", -1, start, perf_counter())
+        return drafts
+
+    def _launch(self, rows: list[int], front: Front | None, start: float) -> None:
+        """Send `rows` down the layers; `start` is when their drafting began."""
+        timeline, segment = Timeline(self._timeline.spans), Segment(torch.tensor(rows), self._cache)
+        before = self._windows[-1] if self._windows else None
+        length = self._cache.length if before is None else before.start + len(before.rows)
+        result: Awaitable[Result]
+        if front is None:
+            result = self._seat.step(segment, timeline)
+        else:
+            result = self._seat.start(segment, timeline, front)
+        now = perf_counter()
+        self._windows.append(
+            _Window(rows, before is not None, length, result, front, timeline, now, now - start)
+        )
+
+    def _record(self, window: _Window, tokens: list[int], following: int | None) -> None:
+        """Count what a window gave, and learn from it."""
+        drafted, accepted = len(window.rows) - 1, len(tokens) - 1
+        judged = following is not None and accepted == drafted
+        self._depth.record(
+            Step(
+                drafted,
+                accepted,
+                drafting=window.drafting,
+                seconds=perf_counter() - window.began,
+                network=window.timeline.by_phase().get("network", 0.0),
+                follows=window.follows,
+                followed=following == tokens[-1] if judged else None,
+            )
+        )
+        guessed = window.follows  # its first row, which was right: else the window would not be here
+        steps, all_drafted, all_accepted = self.count
+        self.count = Count(steps + 1, all_drafted + drafted + guessed, all_accepted + accepted + guessed)
 
     def _sample(self, logits: Tensor, drafts: list[int]) -> list[int]:
         """The tokens that rows `logits` give: one for each right draft, and one more."""
@@ -239,7 +237,3 @@ class Decoder:
                 break
         self._timeline.add("sampling", -1, start, perf_counter())
         return tokens
-
-    def _network(self) -> float:
-        """Seconds on the network so far."""
-        return self._timeline.by_phase().get("network", 0.0)

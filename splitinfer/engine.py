@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self
@@ -15,7 +15,8 @@ import torch
 
 from splitinfer.batching import Batcher
 from splitinfer.dispatch import NodeInfo, RemoteExperts
-from splitinfer.drafting import Count, Decoder, Depth, check_depth, choose_drafter
+from splitinfer.draft_depth import Depth, check_depth
+from splitinfer.drafting import Count, Decoder, choose_drafter
 from splitinfer.engine_config import EngineConfig, known_options
 from splitinfer.errors import UsageError
 from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
@@ -236,25 +237,27 @@ class AsyncEngine:
         """An empty cache for one sequence."""
         return self.model.new_cache()
 
-    @contextmanager
-    def decoder(
+    @asynccontextmanager
+    async def decoder(
         self, cache: KVCache, ids: list[int], hidden: torch.Tensor, sampler: Sampler, timeline: Timeline
-    ) -> Iterator[Decoder]:
+    ) -> AsyncIterator[Decoder]:
         """Continues a sequence whose `ids` are in `cache`, beside the others, with this engine's drafter."""
         drafter = self._new_drafter() if self._new_drafter is not None else None
         seat = self._batcher.seat()
+        decoder = Decoder(
+            seat,
+            cache,
+            ids,
+            hidden,
+            sampler=sampler,
+            timeline=timeline,
+            drafter=drafter,
+            depth=self._depth,
+        )
         try:
-            yield Decoder(
-                seat,
-                cache,
-                ids,
-                hidden,
-                sampler=sampler,
-                timeline=timeline,
-                drafter=drafter,
-                depth=self._depth,
-            )
+            yield decoder
         finally:
+            await decoder.close()
             seat.leave()
 
     def prefill(
@@ -325,7 +328,7 @@ class _Generation:
             async for chunk in chunks:
                 hidden = chunk[-1:]
         logits = await compute(1, engine.model.logits, hidden, timeline=self._prefill)
-        with engine.decoder(cache, self._seen, hidden, self._sampler, self._decode) as decoder:
+        async with engine.decoder(cache, self._seen, hidden, self._sampler, self._decode) as decoder:
             tokens, first = [decoder.first(logits)], perf_counter()
             while True:
                 for token in tokens:

@@ -14,6 +14,7 @@ from torch import Tensor
 from splitinfer import AsyncEngine
 from splitinfer.batching import Batcher
 from splitinfer.errors import ConnectionLost
+from splitinfer.model.front import Front
 from splitinfer.model.gemma import Segment
 from splitinfer.timing import Timeline
 from tests.checkpoints import write_checkpoint
@@ -34,7 +35,9 @@ class Fake:
         self.steps: list[list[int]] = []
         self.under_way = self.most = 0
 
-    async def forward(self, segments: Sequence[Segment], *, timeline: Timeline | None = None) -> Tensor:
+    async def forward(
+        self, segments: Sequence[Segment], *, timeline: Timeline | None = None, front: Front | None = None
+    ) -> Tensor:
         ids = torch.cat([segment.token_ids for segment in segments])
         self.steps.append(ids.tolist())
         self.under_way += 1
@@ -191,3 +194,25 @@ def test_sequences_have_the_tokens_they_would_have_alone(checkpoint: Path, draft
     alone, together, calls = asyncio.run(run())
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert calls < 0.6 * sum(c.usage.calls for c in alone)
+
+
+def test_steps_of_one_alone_may_follow_each_other() -> None:
+    """Two windows of one sequence side by side; a newcomer's rows wait for them."""
+    fake, (seat,) = seats(1)
+
+    async def run() -> None:
+        assert seat.alone
+        first, second = (seat.start(segment(n), Timeline(), Front()) for n in (1, 2))
+        await asyncio.sleep(0)
+        other = seat._batcher.seat()
+        other._group.members -= 1  # into the same group
+        other._group = seat._group
+        other._group.members += 1
+        assert not seat.alone
+        third = asyncio.create_task(other.step(segment(3), Timeline()))
+        second.cancel()
+        assert (await first)[0].item() == 1
+        assert (await third)[0].item() == 3
+
+    asyncio.run(run())
+    assert fake.steps == [[1], [2], [3]]

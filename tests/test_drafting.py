@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 
 from splitinfer import AsyncEngine, Completion
 from splitinfer.batching import Batcher
-from splitinfer.drafting import MAX_DEPTH, Decoder, Depth, check_depth
+from splitinfer.draft_depth import MAX_DEPTH, Depth
+from splitinfer.drafting import Decoder
 from splitinfer.errors import UsageError
 from splitinfer.model.drafter import Context
 from splitinfer.model.native import kernels
@@ -49,9 +51,10 @@ class Scripted:
         self.wrong = wrong
 
     async def propose(self, context: Context, depth: int) -> list[int]:
+        start = context.index + len(context.guesses)
         return [
             (token + 1) % 132 if self.wrong and number % self.wrong == 0 else token
-            for number, token in enumerate(self.reply[context.index :][:depth], start=context.index)
+            for number, token in enumerate(self.reply[start:][:depth], start=start)
         ]
 
 
@@ -122,6 +125,57 @@ def test_every_drafter_gives_the_same_tokens(
     assert all(c.usage.drafted_tokens > 0 for c in completions[1:] if c is not lookup)
 
 
+class Eager(Depth):
+    """Keeps four windows of a fixed depth under way, whatever it costs."""
+
+    def choose(self, limit: int, *, alone: bool = False) -> tuple[int, int]:
+        return min(self.fixed or 0, limit), 4 if alone else 1
+
+
+@pytest.mark.parametrize("options", SAMPLED, ids=str)
+def test_windows_that_follow_change_no_token(
+    checkpoint: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Over nodes, with every drafter: windows are dropped in any layer, beyond the sliding layers' window."""
+    assistant_checkpoint(tmp_path / "assistant", ordered=False)
+
+    async def each() -> None:
+        async with running(checkpoint, [("0-5", None), ("6-10", None)]) as nodes:
+            async with AsyncEngine(checkpoint, addresses(nodes), draft="off") as engine:
+                plain = await reply(engine, **options)
+            for draft in ("lookup", str(tmp_path / "assistant"), str(checkpoint)):
+                async with AsyncEngine(checkpoint, addresses(nodes), draft=draft) as engine:
+                    engine._depth = Eager(2)
+                    assert (await reply(engine, **options)).token_ids == plain.token_ids
+                    engine._new_drafter = lambda: Scripted(plain.token_ids, 7)
+                    engine._depth = Eager(12)
+                    assert (await reply(engine, **options)).token_ids == plain.token_ids
+                    assert len(asyncio.all_tasks()) <= 1 + 2 * len(nodes)
+
+    asyncio.run(each())
+
+
+def test_leaving_early_leaves_no_window_behind(checkpoint: Path) -> None:
+    """Left early, a generation gives its windows up; the next one on the same engine is as it should be."""
+
+    async def run() -> None:
+        async with (
+            running(checkpoint, [(None, None)]) as nodes,
+            AsyncEngine(checkpoint, addresses(nodes), draft=str(checkpoint)) as engine,
+        ):
+            engine._depth = Eager(2)
+            whole = await reply(engine)
+            before = asyncio.all_tasks()
+            async with aclosing(engine.stream(PROMPT, max_tokens=40, ignore_eos=True)) as pieces:
+                for _ in range(3):
+                    await anext(pieces)
+            assert asyncio.all_tasks() == before
+            assert engine._batcher.members == 0
+            assert (await reply(engine)).token_ids == whole.token_ids
+
+    asyncio.run(run())
+
+
 def test_over_nodes_a_step_costs_one_call_for_each_layer(checkpoint: Path) -> None:
     async def run() -> tuple[Completion, Completion]:
         async with running(checkpoint, [(None, "0-1"), (None, "2-3")]) as nodes:
@@ -167,12 +221,6 @@ def test_a_model_comes_with_its_drafter(tmp_path: Path) -> None:
         asyncio.run(drafted(draft="nowhere"))
 
 
-@pytest.mark.parametrize("depth", [0, 16, "deep", 2.0])
-def test_a_depth_that_cannot_be(depth: Any) -> None:
-    with pytest.raises(UsageError, match="draft depth"):
-        check_depth(depth)
-
-
 def test_sampled_frequencies_follow_the_distribution(checkpoint: Path) -> None:
     """The second token of many seeds, drafted by a poor drafter, against the model's own probabilities."""
     draws, params = 400, {"temperature": 1.2, "top_k": 6}
@@ -208,39 +256,3 @@ def _rows(token: int, cache: Any) -> list[Any]:
     from splitinfer.model.gemma import Segment
 
     return [Segment(torch.tensor([token]), cache)]
-
-
-def settled(step: float, row: float, draft: float, right: float, network: float = 0.0) -> int:
-    """The depth chosen after many steps of a machine with such costs (seconds) and such a drafter."""
-    depth, draw = Depth(), torch.Generator().manual_seed(0)
-    chosen = 0
-    for _ in range(300):
-        chosen = depth.choose(64)
-        luck = torch.rand(chosen, generator=draw) < right
-        accepted = int(luck.long().cumprod(0).sum())
-        depth.record(chosen, accepted, chosen * draft, step + chosen * row, network)
-    return chosen
-
-
-def test_depth_follows_the_link_the_rows_and_the_drafter() -> None:
-    """An expensive round trip makes it deep, expensive rows or a poor drafter make it shallow."""
-    far = settled(step=0.6, row=0.01, draft=0.001, right=0.8, network=0.58)
-    near = settled(step=0.04, row=0.012, draft=0.001, right=0.8)
-    assert far >= 6 > near >= 1
-    assert settled(step=0.6, row=0.01, draft=0.001, right=0.95, network=0.58) >= 12
-    assert settled(step=0.02, row=0.02, draft=0.001, right=0.5) <= 1
-    assert settled(step=0.6, row=0.01, draft=0.0, right=0.02, network=0.58) <= 2
-    assert settled(step=0.02, row=0.001, draft=0.02, right=0.8) <= 1
-
-
-def test_depth_gives_a_drafter_another_try() -> None:
-    depth = Depth()
-    for _ in range(50):
-        chosen = depth.choose(10)
-        depth.record(chosen, 0, 0.0, 0.02 * (chosen + 1), 0.0)
-    tries = []
-    for _ in range(300):
-        tries.append(chosen := depth.choose(10))
-        depth.record(chosen, chosen, 0.0, 0.02 if chosen == 0 else 0.021, 0.0)
-    assert 0 in tries
-    assert tries[-1] > 4

@@ -44,12 +44,23 @@ MAY_IMPORT = {
     "dispatch": GROUND | {"transport", "placement", "fanout", "lost_nodes", "exact_nodes"},
     "node": GROUND | {"transport", "placement", "dispatch", "model"},
     "batching": {"timing", "model"},
-    "drafting": {"errors", "timing", "batching", "model"},
+    "draft_depth": {"errors", "model"},
+    "drafting": {"errors", "timing", "batching", "draft_depth", "model"},
     "mixed": {"errors", "timing", "placement", "model"},
     "prompt": {"errors", "model"},
     "engine_config": {"errors", "fixed_point", "transport", "model"},
     "engine": GROUND
-    | {"transport", "placement", "dispatch", "batching", "drafting", "engine_config", "mixed", "trace"}
+    | {
+        "transport",
+        "placement",
+        "dispatch",
+        "batching",
+        "draft_depth",
+        "drafting",
+        "engine_config",
+        "mixed",
+        "trace",
+    }
     | {"model", "prompt"},
     "blocking": GROUND | {"engine", "dispatch", "model"},
 }

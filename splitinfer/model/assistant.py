@@ -20,7 +20,11 @@ from torch import Tensor
 from splitinfer.errors import CheckpointError, UnsupportedModelError
 from splitinfer.model.attention import Block, Rotation, attend, rotary_frequencies, rotation
 from splitinfer.model.config import AttentionConfig, ModelConfig, read_json, read_text_config
+from splitinfer.model.linear import Linear
 from splitinfer.model.mapped import MappedFile
+from splitinfer.model.native import DTYPES, kernels
+from splitinfer.model.quantize import natural_format, quantize
+from splitinfer.model.row_kernels import row_ops
 
 __all__ = ["ASSISTANT", "Assistant", "AssistantConfig", "KeysValues", "load_assistant_config"]
 
@@ -99,47 +103,51 @@ class Assistant:
         vocab, hidden, backbone = text.vocab_size, text.hidden_size, self.config.backbone_hidden_size
         self.device, self.dtype = device, dtype
         self._eps = text.rms_norm_eps
-        self._input = weights("pre_projection.weight", hidden, 2 * backbone)
-        self._output = weights("post_projection.weight", backbone, hidden)
-        self._norm = weights("model.norm.weight", hidden)
-        self._head = weights("model.embed_tokens.weight", vocab, hidden)
+        self._ops = row_ops(device, dtype)
+        self._input = weights.linear(("pre_projection", hidden, 2 * backbone))
+        self._output = weights.linear(("post_projection", backbone, hidden))
+        self._norm = weights.scale("model.norm", hidden)
         self._layers = [
             _Layer(weights, f"model.layers.{i}.", text, shape) for i, shape in enumerate(text.attention)
         ]
         self._frequencies = {a.layer_type: rotary_frequencies(a, device) for a in text.attention}
         if self.config.num_centroids:
             clusters = self.config.num_centroids
-            self._centroids = weights("masked_embedding.centroids.weight", clusters, hidden)
+            self._rows = weights("model.embed_tokens.weight", vocab, hidden)
+            self._centroids = weights.linear(("masked_embedding.centroids", clusters, hidden))
             order = weights.integers("masked_embedding.token_ordering", vocab)
             self._clusters = order.view(clusters, vocab // clusters)
+        else:
+            self._head = weights.linear(("model.embed_tokens", vocab, hidden))
 
     def rotations(self, position: int) -> dict[str, Rotation]:
-        """The rotary factors of one position, for `forward`."""
+        """The rotary factors of one position, for `states`."""
         where = torch.tensor([position], device=self.device)
         return {kind: rotation(f, where) for kind, f in self._frequencies.items()}
 
-    def forward(
+    def states(
         self, embedded: Tensor, hidden: Tensor, rotations: dict[str, Rotation], shared: KeysValues
     ) -> tuple[Tensor, Tensor]:
-        """One draft: the target's scaled embedding of the last token [1, B] and the state before it [1, B].
+        """One draft, from the target's scaled embedding of the last token [1, B] and the state before it.
 
-        Returns logits [vocab_size] float32 and the state [1, B] to feed back with the next token.
+        Returns what `logits` takes [1, H], and the state [1, B] to feed back with the next token.
         """
-        x = F.linear(torch.cat((embedded, hidden), dim=-1), self._input)
+        x = self._input(torch.cat((embedded, hidden), dim=-1))
         for layer in self._layers:
             keys, values = shared[layer.kind]
             x = layer(x, rotations[layer.kind], keys, values)
-        x = _norm(x, self._norm, self._eps)
-        return self._logits(x), F.linear(x, self._output)
+        x = self._ops.norm(x, self._norm, self._eps, x.dtype)
+        return x, self._output(x)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """[vocab_size] float32, of the first of `states`."""
         if not self.config.num_centroids:
-            return F.linear(x, self._head)[0].float()
-        top = F.linear(x, self._centroids)[0].topk(self.config.top_centroids).indices
+            return self._head(x, torch.float32)[0]
+        top = self._centroids(x)[0].topk(self.config.top_centroids).indices
         ids = self._clusters[top].flatten()
-        scored = F.linear(x, self._head[ids])[0].float()
+        scored = F.linear(x, self._rows[ids])[0].float()
         # Tokens of other clusters get what the reference gives them: one less than the least one scored.
-        return torch.full((len(self._head),), float(scored.min()) - 1.0).index_copy_(0, ids, scored)
+        return torch.full((len(self._rows),), float(scored.min()) - 1.0).index_copy_(0, ids, scored)
 
 
 class _Layer:
@@ -150,32 +158,36 @@ class _Layer:
     ) -> None:
         hidden, inter = config.hidden_size, config.intermediate_size
         self.kind = attention.layer_type
-        self.heads, self.head_dim = config.num_attention_heads, attention.head_dim
+        heads, head_dim = config.num_attention_heads, attention.head_dim
         self.window, self.eps = attention.window, config.rms_norm_eps
-        size = self.heads * self.head_dim
-        self.query = weights(prefix + "self_attn.q_proj.weight", size, hidden)
-        self.query_norm = weights(prefix + "self_attn.q_norm.weight", self.head_dim)
-        self.output = weights(prefix + "self_attn.o_proj.weight", hidden, size)
-        self.gate = weights(prefix + "mlp.gate_proj.weight", inter, hidden)
-        self.up = weights(prefix + "mlp.up_proj.weight", inter, hidden)
-        self.down = weights(prefix + "mlp.down_proj.weight", hidden, inter)
+        self.ops = row_ops(weights.device, weights.dtype)
+        self.kernels = kernels() if weights.device.type == "cpu" and weights.dtype in DTYPES else None
+        size = heads * head_dim
+        self.query = weights.linear((f"{prefix}self_attn.q_proj", size, hidden))
+        self.query_norm = weights.scale(f"{prefix}self_attn.q_norm", head_dim).repeat(heads, 1)
+        self.output = weights.linear((f"{prefix}self_attn.o_proj", hidden, size))
+        self.gate_up = weights.linear(
+            (f"{prefix}mlp.gate_proj", inter, hidden), (f"{prefix}mlp.up_proj", inter, hidden)
+        )
+        self.down = weights.linear((f"{prefix}mlp.down_proj", hidden, inter))
         names = ("input", "post_attention", "pre_feedforward", "post_feedforward")
-        self.norms = [weights(f"{prefix}{name}_layernorm.weight", hidden) for name in names]
-        self.scalar = float(weights(prefix + "layer_scalar", 1))
+        self.norms = [weights.scale(f"{prefix}{name}_layernorm", hidden) for name in names]
+        self.scalar = float(weights(f"{prefix}layer_scalar", 1))
 
     def __call__(self, x: Tensor, turn: Rotation, keys: Tensor, values: Tensor) -> Tensor:
         before, after, before_mlp, after_mlp = self.norms
-        queries = F.linear(_norm(x, before, self.eps), self.query).view(1, self.heads, self.head_dim)
-        queries = turn.apply(_norm(queries, self.query_norm, self.eps).float()).to(x.dtype)
+        queries, _ = self.ops.attention_in(x, before, self.eps, self.query, self.query_norm, 0, *turn)
         if self.window is not None:  # the reference counts a distance up to the window, the last key as 0
             keys, values = keys[:, -self.window - 1 :], values[:, -self.window - 1 :]
-        attended = attend(queries, keys, values, [Block(0, 1, 0, keys.shape[1], None)])
-        x = x + _norm(F.linear(attended, self.output), after, self.eps)
-        mlp = _norm(x, before_mlp, self.eps)
-        mlp = F.linear(
-            F.gelu(F.linear(mlp, self.gate), approximate="tanh") * F.linear(mlp, self.up), self.down
+        if self.kernels is not None:
+            attended = self.kernels.attend(queries, keys, values, None)
+        else:
+            attended = attend(queries, keys, values, [Block(0, 1, 0, keys.shape[1], None)])
+        x, mlp, _, _ = self.ops.attention_out(
+            attended, self.output, x, after, self.eps, before_mlp, None, None
         )
-        return (x + _norm(mlp, after_mlp, self.eps)) * self.scalar
+        mlp = self.ops.mlp(mlp, self.gate_up, self.down, None, self.eps)
+        return self.ops.combine(x, mlp, None, None, after_mlp, self.eps, self.scalar)
 
 
 class _Weights:
@@ -185,9 +197,19 @@ class _Weights:
         self.file = MappedFile(path)
         self.device = device
         self.dtype = dtype
+        self.format = natural_format(dtype)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         return self._stored(name, shape).to(self.device, self.dtype)
+
+    def linear(self, *matrices: tuple[str, int, int]) -> Linear:
+        """Matrices (name, out, in) that share their input, as one product."""
+        parts = (quantize(self(f"{name}.weight", *shape), self.format) for name, *shape in matrices)
+        return Linear(*parts, device=self.device)
+
+    def scale(self, name: str, size: int) -> Tensor:
+        """A norm's weights, float32."""
+        return self._stored(f"{name}.weight", (size,)).to(self.device, torch.float32)
 
     def integers(self, name: str, *shape: int) -> Tensor:
         return self._stored(name, shape).to(self.device, torch.int64)
@@ -200,7 +222,3 @@ class _Weights:
                 f"{self.file.path}: tensor {name} {found}", path=str(self.file.path), remedy=FETCH
             )
         return self.file.tensor(name)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)

@@ -141,13 +141,14 @@ class KVCache:
         """
         return self._stores[layer].append(start, keys, values)
 
-    def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Views of one layer's keys and values [kv_heads, n, head_dim]: the last n positions, all there are.
+    def held(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """Views of one layer's keys and values [kv_heads, n, head_dim] of the first `length` tokens: the last
+        n positions of these, all there are.
 
         n is `length` for a full layer; for a sliding one at least the window less one, and usually more.
         """
         store = self._stores[layer]
-        rows = self._length - store.base
+        rows = length - store.base
         return store.keys[:, :rows], store.values[:, :rows]
 
     def truncate(self, length: int) -> None:

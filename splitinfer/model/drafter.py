@@ -34,9 +34,11 @@ PREFILL_ROWS = 512  # rows of one step of a drafting model
 class Context:
     """A sequence as its drafter sees it.
 
-    `ids` are all its tokens; the last one has not been through the model yet. `hidden` [1, H] is the model's
-    final hidden state of the token before, `cache` the model's keys and values of all but the last. The next
-    token is number `index` of the reply, chosen by `sampler`.
+    `ids` are all its tokens; the last one has not been through the model yet, as far as anybody knows.
+    `hidden` [1, H] is the model's final hidden state of the token before, `cache` holds the model's keys and
+    values of all but the last, and perhaps more behind them. `guesses` are tokens that are being verified:
+    drafts go on behind them as if they were right. The token after `ids` is number `index` of the reply,
+    chosen by `sampler`.
     """
 
     ids: Sequence[int]
@@ -44,19 +46,20 @@ class Context:
     cache: KVCache
     sampler: Sampler
     index: int
+    guesses: Sequence[int] = ()
 
     def choose(self, logits: Tensor, drafts: Sequence[int]) -> int:
         """The token that `logits` [V] give after `drafts`, by the randomness that will judge it."""
         penalised = self.sampler.params.repetition_penalty != 1
-        seen = [*self.ids, *drafts] if penalised else ()
-        return self.sampler(logits, self.index + len(drafts), seen)
+        seen = [*self.ids, *self.guesses, *drafts] if penalised else ()
+        return self.sampler(logits, self.index + len(self.guesses) + len(drafts), seen)
 
 
 class Drafter(Protocol):
     """Guesses for one sequence, from its first token to its last."""
 
     async def propose(self, context: Context, depth: int) -> list[int]:
-        """At most `depth` (1 or more) tokens that may follow `context.ids`; none where there is no guess.
+        """At most `depth` (1 or more) tokens that may follow ids and guesses; none where there is no guess.
 
         Between two calls of one drafter, `context.ids` has only grown.
         """
@@ -75,11 +78,11 @@ class PromptLookup:
         self._indexed = 0
 
     async def propose(self, context: Context, depth: int) -> list[int]:
-        ids = context.ids
-        for end in range(max(self._indexed, SHORTEST), len(ids)):
+        for end in range(max(self._indexed, SHORTEST), len(context.ids)):
             for size in range(SHORTEST, min(LONGEST, end) + 1):
-                self._after[tuple(ids[end - size : end])] = end
-        self._indexed = len(ids)
+                self._after[tuple(context.ids[end - size : end])] = end
+        self._indexed = len(context.ids)
+        ids = [*context.ids, *context.guesses]
         for size in range(min(LONGEST, len(ids) - 1), SHORTEST - 1, -1):
             start = self._after.get(tuple(ids[-size:]))
             if start is not None:
@@ -102,22 +105,28 @@ class AssistantDrafter:
     async def propose(self, context: Context, depth: int) -> list[int]:
         assistant, drafts = self._assistant, list[int]()
         with torch.inference_mode():
-            shared = self._keys_values(context.cache)
-            rotations = assistant.rotations(len(context.ids) - 1)
+            known = len(context.ids) - 1
+            shared = self._keys_values(context.cache, known)
+            rotations = assistant.rotations(known)
             hidden, token = context.hidden.to(assistant.device, assistant.dtype), context.ids[-1]
+            for guess in context.guesses:
+                _, hidden = assistant.states(self._embed(token), hidden, rotations, shared)
+                token = guess
             for _ in range(depth):
-                embedded = self._target.embed(torch.tensor([token], device=self._target.device))
-                embedded = embedded.to(assistant.device, assistant.dtype)
-                logits, hidden = assistant.forward(embedded, hidden, rotations, shared)
-                token = context.choose(logits, drafts)
+                last, hidden = assistant.states(self._embed(token), hidden, rotations, shared)
+                token = context.choose(assistant.logits(last), drafts)
                 drafts.append(token)
         return drafts
 
-    def _keys_values(self, cache: KVCache) -> KeysValues:
+    def _embed(self, token: int) -> Tensor:
+        embedded = self._target.embed(torch.tensor([token], device=self._target.device))
+        return embedded.to(self._assistant.device, self._assistant.dtype)
+
+    def _keys_values(self, cache: KVCache, length: int) -> KeysValues:
         shared: KeysValues = {}
         device, dtype = self._assistant.device, self._assistant.dtype
         for kind, layer in self._shared.items():
-            keys, values = cache.held(layer)
+            keys, values = cache.held(layer, length)
             shared[kind] = keys.to(device, dtype), values.to(device, dtype)
         return shared
 
@@ -132,7 +141,7 @@ class ModelDrafter:
         self._agreed = 0  # that many of them were in the last context
 
     async def propose(self, context: Context, depth: int) -> list[int]:
-        ids = context.ids
+        ids = [*context.ids, *context.guesses]
         depth = min(depth, self._model.config.max_position_embeddings - len(ids))
         if depth < 1:
             return []
@@ -145,7 +154,7 @@ class ModelDrafter:
         drafts: list[int] = []
         for start in range(shared, len(ids), PREFILL_ROWS):
             hidden = await self._feed(ids[start : start + PREFILL_ROWS])
-        self._agreed = len(ids)
+        self._agreed = len(context.ids)
         while True:
             drafts.append(context.choose(self._model.logits(hidden[-1:])[0], drafts))
             if len(drafts) == depth:
