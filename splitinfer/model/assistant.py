@@ -176,7 +176,7 @@ class _Layer:
 
     def __call__(self, x: Tensor, turn: Rotation, keys: Tensor, values: Tensor) -> Tensor:
         before, after, before_mlp, after_mlp = self.norms
-        queries, _ = self.ops.attention_in(x, before, self.eps, self.query, self.query_norm, 0, *turn)
+        queries, _ = self.ops.attention_in(x, before, self.eps, self.query, self.query_norm, 0, False, *turn)
         if self.window is not None:  # the reference counts a distance up to the window, the last key as 0
             keys, values = keys[:, -self.window - 1 :], values[:, -self.window - 1 :]
         if self.kernels is not None:
