@@ -3,9 +3,9 @@
     python bench/quality.py                              the demo model, on its held-out files
     python bench/quality.py path/to/gemma --text a.txt b.txt
 
-Every part is converted alone and all together; everything is computed in float32, so that only weights are
-rounded. Loss is in bits per byte of text, beside it the perplexity per token and the share of positions whose
-likeliest token stays that of the stored weights. Ends with one JSON line.
+Every part is converted alone and all together, then the keys and values; everything is computed in float32,
+so that nothing else is rounded. Loss is in bits per byte of text, beside it the perplexity per token and the
+share of positions whose likeliest token stays that of the stored weights. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from splitinfer.model.tokenizer import Tokenizer
 from splitinfer.model.weights import Checkpoint
 
 CHUNK = 512  # tokens of one forward pass
+KV_CACHE = "--kv-cache int8"
 
 
 def held_out_text(count: int) -> list[str]:
@@ -53,11 +54,11 @@ def configurations() -> dict[str, QuantConfig]:
     return found
 
 
-async def score(model: Gemma, texts: list[list[int]]) -> tuple[float, Tensor]:
+async def score(model: Gemma, texts: list[list[int]], *, int8_cache: bool) -> tuple[float, Tensor]:
     """Sum of the tokens' negative log2 probabilities, and the likeliest token at every position."""
     bits, best = 0.0, []
     for ids in texts:
-        cache, tokens = model.new_cache(), torch.tensor(ids)
+        cache, tokens = model.new_cache(int8=int8_cache), torch.tensor(ids)
         for at in range(0, len(ids) - 1, CHUNK):
             step = tokens[at : min(at + CHUNK, len(ids) - 1)]
             logits = model.logits(await model.forward([Segment(step, cache)]))
@@ -98,8 +99,8 @@ def main() -> None:
     table.title = f"{arguments.model.name}: {count} tokens, {nbytes} bytes"
     records: list[dict[str, object]] = []
     reference, first = torch.empty(0), 0.0
-    for name, quant in configurations().items():
-        bits, best = asyncio.run(score(load(checkpoint, quant), ids))
+    for name, quant in (configurations() | {KV_CACHE: QuantConfig()}).items():
+        bits, best = asyncio.run(score(load(checkpoint, quant), ids, int8_cache=name == KV_CACHE))
         if not records:
             reference, first = best, bits
         same = float((best == reference).float().mean())

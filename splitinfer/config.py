@@ -121,10 +121,10 @@ class Settings:
     ("0-31,64-95"), `slice` the part of each expert; `timeout` is in seconds and bounds every call to a node;
     `context` is in tokens. `quant` is the experts' weight format, `quant_*` that of the other parts (None: as
     stored, but int8 for the others where `quant` is int8 or int4). `local_layers`, `local_memory`, `exact`,
-    `trace`, `draft` and `draft_depth` are those of `EngineConfig`. `wire_dtype` rounds rows on the wire
-    (None: never). `simulate_*` put an emulated link before every node ("20ms", "100mbit"). `tls_ca` is a
-    file, or "system" for the authorities of this machine's system; `insecure` lets a node listen beyond this
-    machine without token and TLS.
+    `kv_cache`, `trace`, `draft` and `draft_depth` are those of `EngineConfig`. `wire_dtype` rounds rows on
+    the wire (None: never). `simulate_*` put an emulated link before every node ("20ms", "100mbit"). `tls_ca`
+    is a file, or "system" for the authorities of this machine's system; `insecure` lets a node listen beyond
+    this machine without token and TLS.
     """
 
     model: str = _setting("", _text, is_path=True)
@@ -141,6 +141,7 @@ class Settings:
     timeout: float = _setting(60.0, _seconds)
     local_layers: str | None = _setting(None, _text)
     local_memory: str | None = _setting(None, _text)
+    kv_cache: Literal["int8"] | None = _setting(None, _choice("int8"))
     exact: bool = _setting(False, _switch)
     trace: str | None = _setting(None, _text, is_path=True)
     draft: str = _setting("auto", _text)

@@ -82,6 +82,7 @@ class AsyncEngine:
         self._gemma: Gemma | None = None
         self._spans: list[Span] | None = None if self.settings.trace is None else []
         self._depth = Depth(check_depth(self.settings.draft_depth))
+        self._int8_cache = self.settings.int8_cache()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -235,7 +236,7 @@ class AsyncEngine:
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence."""
-        return self.model.new_cache()
+        return self.model.new_cache(int8=self._int8_cache)
 
     @asynccontextmanager
     async def decoder(

@@ -34,6 +34,9 @@ class EngineConfig:
     With nodes, `local_layers` ("0-9") keeps the experts of these layers here, or `local_memory` ("6GiB")
     those of as many layers as fit; the nodes need not hold them.
 
+    `kv_cache` "int8" keeps keys and values in half of the memory, lossy (docs/formats.md); None keeps them in
+    the dtype that the model computes in.
+
     `exact` adds up the experts' answers so that the bits of a result do not depend on which nodes hold what,
     or whether there are any: 8 bytes a value come back instead of 2 or 4 (docs/experts.md).
 
@@ -53,6 +56,7 @@ class EngineConfig:
     timeout: float = 60.0
     local_layers: str | None = None
     local_memory: str | None = None
+    kv_cache: str | None = None
     exact: bool = False
     trace: str | None = None
     draft: str = "auto"
@@ -88,6 +92,14 @@ class EngineConfig:
             embeddings=self.quant_embeddings,
             lm_head=self.quant_lm_head,
         )
+
+    def int8_cache(self) -> bool:
+        """Whether keys and values are kept in int8. Raises UsageError for another format."""
+        if self.kv_cache not in (None, "int8"):
+            raise UsageError(
+                f"keys and values cannot be kept in {self.kv_cache!r}", remedy="Choose int8, or leave it out."
+            )
+        return self.kv_cache == "int8"
 
     def check_exact(self, config: ModelConfig) -> None:
         """Raises UsageError where `exact` is asked for and cannot be had."""

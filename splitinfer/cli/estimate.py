@@ -71,6 +71,7 @@ def print_client(settings: Settings) -> None:
         quant_dense=settings.quant_dense,
         quant_embeddings=settings.quant_embeddings,
         quant_lm_head=settings.quant_lm_head,
+        kv_cache=settings.kv_cache,
     )
     context, quant, dtype = engine.context_of(config), engine.quant_config(), engine.torch_dtype()
     sizes = _sizes(checkpoint, quant, dtype)
@@ -78,7 +79,7 @@ def print_client(settings: Settings) -> None:
     kept = every
     if settings.nodes:
         kept = chosen_layers(checkpoint, settings.local_layers, settings.local_memory, dtype, quant.experts)
-    held = sizes.client(context, kept)
+    held = sizes.client(context, kept, int8_cache=engine.int8_cache())
     parts = {name: getattr(held, name) for name in _NAMES if getattr(held, name)}
     notes = {name: sizes.formats(name) for name in ("attention", "dense", "embeddings", "lm_head")}
     if "lm_head" not in parts:
@@ -87,7 +88,8 @@ def print_client(settings: Settings) -> None:
         notes["lm_head"] = f"{quant.lm_head}, the embeddings' tensor once more"
     if kept:
         notes["experts"] = f"{sizes.formats('experts', kept)}, layers {format_ranges(kept)}"
-    notes["cache"] = f"one sequence of {context:,} tokens, {str(sizes.dtype).removeprefix('torch.')}"
+    kind = settings.kv_cache or str(sizes.dtype).removeprefix("torch.")
+    notes["cache"] = f"one sequence of {context:,} tokens, {kind}"
     notes["program"] = "Python and PyTorch"
     _print_table("this machine", parts, notes)
     away = [layer for layer in every if layer not in kept]

@@ -41,7 +41,7 @@ LINK = (
 )  # fmt: skip
 ENGINE = (
     "device", "dtype", "threads", "context", "draft", "draft_depth", "local_layers", "local_memory",
-    "exact", "trace", *QUANT, *LINK,
+    "kv_cache", "exact", "trace", *QUANT, *LINK,
 )  # fmt: skip
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
@@ -83,6 +83,7 @@ _SETTINGS: dict[str, Any] = {
     "quant_lm_head": _text("FORMAT", "lm_head, likewise.", _WEIGHTS),
     "local_layers": _text("RANGES", "Keep the experts of these layers here: 0-9.", _WHERE),
     "local_memory": _text("SIZE", "Or those of as many layers as fit: 6GiB.", _WHERE),
+    "kv_cache": _text("FORMAT", "Keys and values as int8: half the memory. Lossy.", _WHERE),
     "exact": Annotated[
         bool | None,
         typer.Option(

@@ -117,9 +117,9 @@ def server_config(settings: Settings) -> ServerConfig:
 def engine_settings(settings: Settings) -> dict[str, Any]:
     """The fields of `EngineConfig` that these settings say. Raises as `client_config` does."""
     names = (
-        "device", "dtype", "threads", "context", "timeout", "local_layers", "local_memory", "exact", "draft",
-        "draft_depth", "trace", "quant", "quant_attention", "quant_dense", "quant_embeddings",
-        "quant_lm_head",
+        "device", "dtype", "threads", "context", "timeout", "local_layers", "local_memory",
+        "kv_cache", "exact", "draft", "draft_depth", "trace", "quant", "quant_attention", "quant_dense",
+        "quant_embeddings", "quant_lm_head",
     )  # fmt: skip
     return {name: getattr(settings, name) for name in names} | {"transport": client_config(settings)}
 

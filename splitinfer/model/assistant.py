@@ -19,6 +19,7 @@ from torch import Tensor
 
 from splitinfer.errors import CheckpointError, UnsupportedModelError
 from splitinfer.model.attention import Block, Rotation, attend, rotary_frequencies, rotation
+from splitinfer.model.cache import Held
 from splitinfer.model.config import AttentionConfig, ModelConfig, read_json, read_text_config
 from splitinfer.model.linear import Linear
 from splitinfer.model.mapped import MappedFile
@@ -180,9 +181,9 @@ class _Layer:
         if self.window is not None:  # the reference counts a distance up to the window, the last key as 0
             keys, values = keys[:, -self.window - 1 :], values[:, -self.window - 1 :]
         if self.kernels is not None:
-            attended = self.kernels.attend(queries, keys, values, None)
+            attended = self.kernels.attend(queries, keys, values, window=None)
         else:
-            attended = attend(queries, keys, values, [Block(0, 1, 0, keys.shape[1], None)])
+            attended = attend(queries, Held(keys, values), [Block(0, 1, 0, keys.shape[1], None)])
         x, mlp, _, _ = self.ops.attention_out(
             attended, self.output, x, after, self.eps, before_mlp, None, None
         )

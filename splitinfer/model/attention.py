@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from splitinfer.model.cache import Held
 from splitinfer.model.config import AttentionConfig
 
 __all__ = ["Block", "Rotation", "attend", "plan_blocks", "rotary_frequencies", "rotation"]
@@ -93,21 +94,23 @@ def plan_blocks(
     return blocks
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, blocks: Sequence[Block]) -> Tensor:
+def attend(queries: Tensor, held: Held, blocks: Sequence[Block]) -> Tensor:
     """Softmax attention of queries [n, N, D] over keys and values [V, S, D], to [n, N * D]. No scaling.
 
-    The G heads of one K/V head are folded into rows, so keys and values are read once and never repeated.
+    Keys and values in int8 are widened for one block at a time. The G heads of one K/V head are folded into
+    rows, so keys and values are read once and never repeated.
     """
     n, heads, head_dim = queries.shape
-    kv_heads = keys.shape[0]
+    kv_heads = held.keys.shape[0]
     group = heads // kv_heads
     folded = queries.view(n, kv_heads, group, head_dim).transpose(0, 1)
     parts = []
     for row, row_end, key, key_end, mask in blocks:
+        keys, values = held.part(key, key_end).widened(queries.dtype)
         part = F.scaled_dot_product_attention(
             folded[:, row:row_end].reshape(1, kv_heads, -1, head_dim),
-            keys[:, key:key_end].unsqueeze(0),
-            values[:, key:key_end].unsqueeze(0),
+            keys.unsqueeze(0),
+            values.unsqueeze(0),
             attn_mask=mask,
             scale=1.0,
         )

@@ -1,5 +1,8 @@
 """Keys and values of one sequence. Full layers grow in chunks, sliding layers keep the window and a margin.
 
+They are kept in the model's dtype, or, lossy and half as large, as int8 with a float16 scale for every row
+and head. A row's bits depend on nothing but itself, so taking rows back leaves no trace in either form.
+
 A sliding layer's rows lie in order in one bounded buffer; when it is full, the rows still in reach move to
 its front. Attention then reads one contiguous slice in order of position, never a ring with a seam, for a
 move of one window per MARGIN tokens.
@@ -7,13 +10,16 @@ move of one window per MARGIN tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from splitinfer.errors import UsageError
 from splitinfer.model.config import AttentionConfig, ModelConfig
 
-__all__ = ["ROLLBACK", "KVCache", "grown"]
+__all__ = ["ROLLBACK", "Held", "KVCache", "grown"]
 
 ROLLBACK = 64  # rows that `truncate` can always take back: several verify windows of drafts
 MARGIN = 256  # rows of a sliding buffer beyond what has to stay: one move of the window per so many tokens
@@ -28,14 +34,52 @@ def grown(capacity: int, rows: int, reach: int | None) -> int:
     return larger if reach is None else max(rows, min(larger, reach + ROLLBACK + MARGIN))
 
 
-class _Store:
-    """One layer's buffers, [kv_heads, capacity, head_dim], for the positions `base` to `base + rows`."""
+class Held(NamedTuple):
+    """Keys and values [V, n, D] of one layer, V kv_heads, D head_dim; of int8 the scales [V, n] float16."""
 
-    def __init__(self, attention: AttentionConfig, device: torch.device, dtype: torch.dtype) -> None:
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    def part(self, lo: int, hi: int) -> Held:
+        """Views of n = hi - lo of them."""
+        keys, values = self.keys[:, lo:hi], self.values[:, lo:hi]
+        if self.key_scales is None or self.value_scales is None:
+            return Held(keys, values)
+        return Held(keys, values, self.key_scales[:, lo:hi], self.value_scales[:, lo:hi])
+
+    def widened(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values as numbers of `dtype`."""
+        if self.key_scales is None or self.value_scales is None:
+            return self.keys.to(dtype), self.values.to(dtype)
+        pairs = ((self.keys, self.key_scales), (self.values, self.value_scales))
+        keys, values = ((codes * scales.float().unsqueeze(-1)).to(dtype) for codes, scales in pairs)
+        return keys, values
+
+
+def _as_int8(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """A head's largest magnitude in a row becomes 127."""
+    both = torch.stack((keys, values)).float()
+    scales = (both.abs().amax(-1) / 127).clamp_(max=65504.0).to(torch.float16)
+    steps = torch.where(scales == 0, 1.0, scales.float()).unsqueeze(-1)
+    codes = (both / steps).round_().clamp_(-127, 127).to(torch.int8)
+    return codes[0], codes[1], scales[0], scales[1]
+
+
+class _Store:
+    """One layer's buffers, [kv_heads, capacity, ...], for the positions `base` to `base + rows`."""
+
+    def __init__(
+        self, attention: AttentionConfig, device: torch.device, dtype: torch.dtype, int8: bool
+    ) -> None:
         self.reach = None if attention.window is None else attention.window - 1  # older rows that a row sees
+        self.int8 = int8
         shape = (attention.num_key_value_heads, 0, attention.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        kind = torch.int8 if int8 else dtype
+        self.buffers = [torch.empty(shape, device=device, dtype=kind) for _ in ("keys", "values")]
+        if int8:
+            self.buffers += [torch.empty(shape[:2], device=device, dtype=torch.float16) for _ in range(2)]
         self.base = 0
         self.rows = 0
 
@@ -43,8 +87,9 @@ class _Store:
         """Whether a row at position `length` would still find every older row it sees."""
         return self.reach is None or self.base <= max(0, length - self.reach)
 
-    def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, start: int, keys: Tensor, values: Tensor) -> Held:
         """Stores n rows from position `start` on, over whatever was there; returns all that they may see."""
+        added = _as_int8(keys, values) if self.int8 else (keys, values)
         new = keys.shape[1]
         old = start - self.base
         if old > self.rows:
@@ -53,58 +98,62 @@ class _Store:
         if self.reach is not None and old + new > self.reach + ROLLBACK + MARGIN:
             keep = min(old, self.reach + ROLLBACK)
             if keep + new > self.reach + ROLLBACK + MARGIN:
-                return self._replace(start, old, seen, keys, values)
+                return self._replace(start, old, seen, added, new)
             self._move(old - keep, keep)
             old = keep
         self._reserve(old + new)
-        self.keys[:, old : old + new] = keys
-        self.values[:, old : old + new] = values
+        for buffer, rows in zip(self.buffers, added, strict=True):
+            buffer[:, old : old + new] = rows
         self.rows = old + new
-        return self.keys[:, old - seen : old + new], self.values[:, old - seen : old + new]
+        return self.held(old - seen, old + new)
+
+    def held(self, lo: int, hi: int) -> Held:
+        """Views of rows `lo` to `hi` - 1."""
+        return Held(*self.buffers).part(lo, hi)
 
     def _move(self, lo: int, count: int) -> None:
         """Brings `count` rows from row `lo` to the front (by way of a copy: the ranges may overlap)."""
-        self.keys[:, :count] = self.keys[:, lo : lo + count].clone()
-        self.values[:, :count] = self.values[:, lo : lo + count].clone()
+        for buffer in self.buffers:
+            buffer[:, :count] = buffer[:, lo : lo + count].clone()
         self.base += lo
 
-    def _replace(
-        self, start: int, old: int, seen: int, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _replace(self, start: int, old: int, seen: int, added: Sequence[Tensor], new: int) -> Held:
         """A block larger than the buffer: attention gets its own copy, the buffer the last rows of it."""
-        all_keys = torch.cat((self.keys[:, old - seen : old], keys), dim=1)
-        all_values = torch.cat((self.values[:, old - seen : old], values), dim=1)
         assert self.reach is not None
-        keep = min(all_keys.shape[1], self.reach + ROLLBACK)
+        older = (buffer[:, old - seen : old] for buffer in self.buffers)
+        joined = [torch.cat(pair, 1) for pair in zip(older, added, strict=True)]
+        keep = min(seen + new, self.reach + ROLLBACK)
         self._reserve(keep)
-        self.keys[:, :keep] = all_keys[:, -keep:]
-        self.values[:, :keep] = all_values[:, -keep:]
-        self.base, self.rows = start + keys.shape[1] - keep, keep
-        return all_keys, all_values
+        for buffer, rows in zip(self.buffers, joined, strict=True):
+            buffer[:, :keep] = rows[:, -keep:]
+        self.base, self.rows = start + new - keep, keep
+        return Held(*joined)
 
     def _reserve(self, rows: int) -> None:
-        capacity = self.keys.shape[1]
+        """Room for so many rows. Buffers move one after the other, so there is one copy of one of them."""
+        capacity = self.buffers[0].shape[1]
         if rows <= capacity:
             return
         larger_capacity = grown(capacity, rows, self.reach)
-        heads, _, head_dim = self.keys.shape
-        for name in ("keys", "values"):
-            held = getattr(self, name)
-            larger = held.new_empty((heads, larger_capacity, head_dim))
-            larger[:, : self.rows] = held[:, : self.rows]
-            setattr(self, name, larger)
+        for i, buffer in enumerate(self.buffers):
+            larger = buffer.new_empty((len(buffer), larger_capacity, *buffer.shape[2:]))
+            larger[:, : self.rows] = buffer[:, : self.rows]
+            self.buffers[i] = larger
 
 
 class KVCache:
-    """Keys and values of one sequence. The rows of a step are begun, then appended layer by layer."""
+    """Keys and values of one sequence, in `dtype`, or with `int8` as such. The rows of a step are begun, then
+    appended layer by layer."""
 
     def __init__(
         self,
         config: ModelConfig,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        int8: bool = False,
     ) -> None:
-        self._stores = [_Store(attention, torch.device(device), dtype) for attention in config.attention]
+        self._stores = [_Store(each, torch.device(device), dtype, int8) for each in config.attention]
         self._limit = config.max_position_embeddings
         self._length = 0
 
@@ -116,7 +165,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers as they are now."""
-        return sum(store.keys.nbytes + store.values.nbytes for store in self._stores)
+        return sum(buffer.nbytes for store in self._stores for buffer in store.buffers)
 
     def begin(self, rows: int) -> int:
         """Takes the next `rows` positions for a step and returns the first of them.
@@ -133,7 +182,7 @@ class KVCache:
         self._length += rows
         return start
 
-    def append(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, start: int, keys: Tensor, values: Tensor) -> Held:
         """Stores keys and values [kv_heads, n, head_dim] of positions `start` to `start + n - 1`.
 
         Returns views of all rows that these may attend to, [kv_heads, seen + n, head_dim], in order, the new
@@ -141,15 +190,14 @@ class KVCache:
         """
         return self._stores[layer].append(start, keys, values)
 
-    def held(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+    def held(self, layer: int, length: int) -> Held:
         """Views of one layer's keys and values [kv_heads, n, head_dim] of the first `length` tokens: the last
         n positions of these, all there are.
 
         n is `length` for a full layer; for a sliding one at least the window less one, and usually more.
         """
         store = self._stores[layer]
-        rows = length - store.base
-        return store.keys[:, :rows], store.values[:, :rows]
+        return store.held(0, length - store.base)
 
     def truncate(self, length: int) -> None:
         """Forgets all but the first `length` tokens. The last ROLLBACK rows can always be taken back.

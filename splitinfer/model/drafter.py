@@ -124,10 +124,9 @@ class AssistantDrafter:
 
     def _keys_values(self, cache: KVCache, length: int) -> KeysValues:
         shared: KeysValues = {}
-        device, dtype = self._assistant.device, self._assistant.dtype
         for kind, layer in self._shared.items():
-            keys, values = cache.held(layer, length)
-            shared[kind] = keys.to(device, dtype), values.to(device, dtype)
+            keys, values = cache.held(layer, length).widened(self._assistant.dtype)
+            shared[kind] = keys.to(self._assistant.device), values.to(self._assistant.device)
         return shared
 
 

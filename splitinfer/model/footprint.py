@@ -118,7 +118,9 @@ class Sizes:
         }
         return "+".join(sorted(found))
 
-    def client(self, context: int, local_layers: Iterable[int] = ()) -> Footprint:
+    def client(
+        self, context: int, local_layers: Iterable[int] = (), *, int8_cache: bool = False
+    ) -> Footprint:
         """The client's half, with the experts of `local_layers` and the cache of `context` tokens."""
         parts = {"attention": 0, "dense": 0, "other": 0, "embeddings": 0, "lm_head": 0}
         for name, shape in self._shapes.items():
@@ -137,7 +139,7 @@ class Sizes:
                 parts["lm_head"] = head
         return Footprint(
             experts=self.experts(local_layers),
-            cache=cache_nbytes(self.config, context, self.dtype.itemsize),
+            cache=cache_nbytes(self.config, context, self.dtype.itemsize, int8=int8_cache),
             **parts,
         )
 
@@ -164,9 +166,9 @@ class Sizes:
         return group, chosen
 
 
-def cache_nbytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
-    """Bytes of one sequence's keys and values at `tokens` tokens that came one by one, elements of `itemsize`
-    bytes."""
+def cache_nbytes(config: ModelConfig, tokens: int, itemsize: int = 2, *, int8: bool = False) -> int:
+    """Bytes of one sequence's keys and values at `tokens` tokens that came one by one: elements of `itemsize`
+    bytes, or int8 and their scales."""
     total = 0
     for attention in config.attention:
         reach = None if attention.window is None else attention.window - 1
@@ -174,7 +176,8 @@ def cache_nbytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
         capacity = 0
         while capacity < most:
             capacity = grown(capacity, capacity + 1, reach)
-        total += 2 * capacity * attention.num_key_value_heads * attention.head_dim * itemsize
+        row = attention.head_dim + 2 if int8 else attention.head_dim * itemsize
+        total += 2 * capacity * attention.num_key_value_heads * row
     return total
 
 

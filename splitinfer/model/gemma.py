@@ -99,9 +99,9 @@ class Gemma:
                 linears.append(layer.routing.proj)
         return sum(linear.nbytes for linear in linears)
 
-    def new_cache(self) -> KVCache:
-        """An empty cache of this model's shapes, on its device."""
-        return KVCache(self.config, self.device, self.dtype)
+    def new_cache(self, *, int8: bool = False) -> KVCache:
+        """An empty cache of this model's shapes, on its device, in its dtype or in int8."""
+        return KVCache(self.config, self.device, self.dtype, int8=int8)
 
     async def forward(
         self,

@@ -152,7 +152,7 @@ class Attention:
         )
         attended = []
         for part in step.parts:
-            keys, seen_values = part.cache.append(
+            held = part.cache.append(
                 self.layer,
                 part.start,
                 turned[part.lo : part.hi, self.heads :].transpose(0, 1),
@@ -160,9 +160,9 @@ class Attention:
             )
             queries = turned[part.lo : part.hi, : self.heads]
             if self.kernels is not None:
-                attended.append(self.kernels.attend(queries, keys, seen_values, self.window))
+                attended.append(self.kernels.attend(queries, *held, window=self.window))
             else:
-                attended.append(attend(queries, keys, seen_values, part.blocks[self.kind]))
+                attended.append(attend(queries, held, part.blocks[self.kind]))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from splitinfer.model.attention import BLOCK_ROWS, attend, plan_blocks, rotary_frequencies, rotation
+from splitinfer.model.cache import Held
 from splitinfer.model.config import AttentionConfig, RopeConfig
 
 CPU = torch.device("cpu")
@@ -35,9 +36,20 @@ def test_attention(window: int | None, start: int, rows: int, heads: int, kv_hea
     keys, values = torch.randn(2, kv_heads, start + rows, 8, generator=generator)
     seen = start if window is None else min(start, window - 1)
     blocks = plan_blocks(start, rows, window, heads // kv_heads, torch.float32, CPU)
-    found = attend(queries, keys[:, start - seen :], values[:, start - seen :], blocks)
+    found = attend(queries, Held(keys[:, start - seen :], values[:, start - seen :]), blocks)
     expected = naive(queries, keys, values, start, window)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_int8_keys_and_values_are_widened_block_by_block() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(130, 8, 8, generator=generator)
+    codes = torch.randint(-127, 128, (2, 2, 130, 8), generator=generator).to(torch.int8)
+    scales = torch.rand(2, 2, 130, generator=generator).div(60).half()
+    held = Held(codes[0], codes[1], scales[0], scales[1])
+    blocks = plan_blocks(0, 130, None, 4, torch.float32, CPU)
+    expected = naive(queries, *held.widened(torch.float32), 0, None)
+    torch.testing.assert_close(attend(queries, held, blocks).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_bound_the_mask_and_skip_what_the_window_hides() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitinfer.errors import UsageError
-from splitinfer.model.cache import MARGIN, ROLLBACK, KVCache
+from splitinfer.model.cache import CHUNK, MARGIN, ROLLBACK, KVCache
 from splitinfer.model.config import ModelConfig, load_config
 from tests.checkpoints import tiny_config, write_checkpoint
 
@@ -29,7 +31,7 @@ def step(cache: KVCache, rows: int, marks: list[int], mark: int) -> None:
     for layer, reach in ((SLIDING, WINDOW - 1), (FULL, None)):
         heads, dim = (3, 8) if layer == SLIDING else (1, 16)
         new = torch.full((heads, rows, dim), float(mark))
-        keys, values = cache.append(layer, start, new, -new)
+        keys, values, *_ = cache.append(layer, start, new, -new)
         first = 0 if reach is None else max(0, start - reach)
         assert keys.shape == (heads, start + rows - first, dim)
         assert keys[0, :, 0].tolist() == marks[first:]
@@ -123,3 +125,84 @@ def test_the_context_is_a_limit(config: ModelConfig) -> None:
     with pytest.raises(UsageError, match="5001 tokens are more than the model's context of 5000"):
         cache.begin(2)
     assert cache.length == 4999
+
+
+def test_growing_copies_one_buffer_at_a_time(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never twice the memory: at most a quarter (or a chunk) more than is needed, and one buffer's copy."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0.0
+    original = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *args: object) -> torch.Tensor:
+        nonlocal most
+        larger: torch.Tensor = original(self, *args)
+        made.append(weakref.ref(larger))
+        alive = sum(buffer.nbytes for ref in made if (buffer := ref()) is not None)
+        needed = 2 * 16 * 4 * cache.length
+        most = max(most, alive / (needed * 1.25 + 2 * 16 * 4 * CHUNK))
+        return larger
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    cache = KVCache(config)
+    for _ in range(40):
+        start = cache.begin(100)
+        new = torch.zeros(1, 100, 16)
+        cache.append(FULL, start, new, new)
+    assert len(made) > 10
+    assert most < 1.5  # keys and values of one layer: a copy of either is half as much again
+
+
+Rows = list[tuple[int, int]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(steps=st.lists(st.tuples(st.sampled_from([1, 3, 40, 300, 700]), st.integers(0, 40)), max_size=8))
+def test_int8_rows_depend_on_nothing_but_themselves(config: ModelConfig, steps: Rows) -> None:
+    """However rows came and whatever was taken back: the same codes and scales as row by row."""
+    tokens = torch.randn(2, 5000, 3, 8, generator=torch.Generator().manual_seed(0))
+    cache = KVCache(config, int8=True)
+    for rows, back in steps:
+        start = cache.begin(rows)
+        keys, values = (part[start : start + rows].transpose(0, 1) for part in tokens)
+        found = cache.append(SLIDING, start, keys, values)
+        seen = found.keys.shape[1]
+        assert seen == rows + min(start, WINDOW - 1)
+        for part, wide in zip(tokens, found.widened(torch.float32), strict=True):
+            expected = part[start + rows - seen : start + rows].transpose(0, 1)
+            limit = expected.abs().amax(-1, keepdim=True) / 127 * 0.51
+            assert ((wide - expected).abs() <= limit).all()
+        alone = KVCache(config, int8=True)
+        alone.begin(1)
+        last = alone.append(SLIDING, 0, keys[:, -1:], values[:, -1:])
+        assert all(torch.equal(one[:, 0], many[:, -1]) for one, many in zip(last, found, strict=True))
+        cache.truncate(cache.length - min(back, rows))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-9, 1e30])
+def test_int8_of_extreme_rows(config: ModelConfig, value: float) -> None:
+    cache = KVCache(config, int8=True)
+    rows = torch.full((1, 1, 16), value)
+    keys, _ = cache.append(FULL, cache.begin(1), rows, rows).widened(torch.float32)
+    assert keys.isfinite().all()
+    assert torch.allclose(keys, rows.clamp(max=127 * 65504.0), atol=1e-7)
+
+
+def test_int8_takes_half_of_the_memory() -> None:
+    """At true shapes: 256 and 512 columns a head, 8,192 tokens."""
+    shapes = {"head_dim": 256, "global_head_dim": 512, "num_key_value_heads": 8}
+    shapes |= {"num_global_key_value_heads": 2, "sliding_window": 1024, "num_attention_heads": 16}
+    with tempfile.TemporaryDirectory() as directory:
+        file = tiny_config(max_position_embeddings=8192, num_hidden_layers=2, **shapes)
+        config = load_config(write_checkpoint(Path(directory) / "true", file))
+    nbytes = {}
+    for int8 in (False, True):
+        cache = KVCache(config, dtype=torch.bfloat16, int8=int8)
+        for start in range(0, 8192, 512):
+            cache.begin(512)
+            for layer, attention in enumerate(config.attention):
+                new = torch.zeros(
+                    attention.num_key_value_heads, 512, attention.head_dim, dtype=torch.bfloat16
+                )
+                cache.append(layer, start, new, new)
+        nbytes[int8] = cache.nbytes
+    assert 0.5 < nbytes[True] / nbytes[False] < 0.51

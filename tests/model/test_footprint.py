@@ -91,12 +91,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 @settings(max_examples=20, deadline=None)
-@given(tokens=st.integers(0, 2500))
-def test_the_cache_is_as_large_as_it_grows(config: ModelConfig, tokens: int) -> None:
-    kept = KVCache(config, dtype=torch.bfloat16)
+@given(tokens=st.integers(0, 2500), int8=st.booleans())
+def test_the_cache_is_as_large_as_it_grows(config: ModelConfig, tokens: int, int8: bool) -> None:
+    kept = KVCache(config, dtype=torch.bfloat16, int8=int8)
     for _ in range(tokens):
         start = kept.begin(1)
         for layer, shape in enumerate(config.attention):
             row = torch.zeros(shape.num_key_value_heads, 1, shape.head_dim, dtype=torch.bfloat16)
             kept.append(layer, start, row, row)
-    assert cache_nbytes(config, tokens) == kept.nbytes
+    assert cache_nbytes(config, tokens, int8=int8) == kept.nbytes

@@ -299,16 +299,33 @@ def load_as(path: Path, format: str | None) -> Gemma:
 @pytest.mark.skipif(kernels() is None, reason="the kernels could not be built here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("format", [None, "bfloat16", "int8", "int4"])
-def test_rows_do_not_see_their_neighbours(tmp_path: Path, dtype: str, format: str | None) -> None:
-    """Bit for bit: one prefill, tokens one by one, verify windows, other sequences beside, more threads."""
+@pytest.mark.parametrize("int8_cache", [False, True], ids=["cache", "int8 cache"])
+def test_rows_do_not_see_their_neighbours(
+    tmp_path: Path, dtype: str, format: str | None, int8_cache: bool
+) -> None:
+    """Bit for bit: one prefill, tokens one by one, verify windows, rejected drafts, other sequences beside,
+    more threads."""
     model = load_as(write_checkpoint(tmp_path / "model", tiny_config(dtype=dtype)), format)
     ids = prompt(70)
-    alone = asyncio.run(run(model, ids, [1] * 70))
-    assert torch.equal(asyncio.run(run(model, ids, [70])), alone)
-    assert torch.equal(asyncio.run(run(model, ids, [53, 1, 2, 3, 4, 7])), alone)
+
+    def in_steps(sizes: Sequence[int]) -> Tensor:
+        return asyncio.run(run(model, ids, sizes, model.new_cache(int8=int8_cache)))
+
+    alone = in_steps([1] * 70)
+    assert torch.equal(in_steps([70]), alone)
+    assert torch.equal(in_steps([53, 1, 2, 3, 4, 7]), alone)
+
+    async def after_wrong_drafts() -> Tensor:
+        kv = model.new_cache(int8=int8_cache)
+        await model.forward([Segment(ids[:60], kv)])
+        await model.forward([Segment(prompt(9, seed=5), kv)])
+        kv.truncate(60)
+        return await run(model, ids[60:], [4, 6], kv)
+
+    assert torch.equal(asyncio.run(after_wrong_drafts()), alone[60:])
 
     async def beside_another() -> Tensor:
-        kv = model.new_cache()
+        kv = model.new_cache(int8=int8_cache)
         segments = [Segment(prompt(9, seed=2), model.new_cache()), Segment(ids, kv)]
         return model.logits(await model.forward(segments))[9:]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from splitinfer.errors import ConfigError
 from splitinfer.model import native
+from splitinfer.model.cache import Held
 from splitinfer.model.native import Kernels, kernels
 
 BUILT = kernels()
@@ -117,7 +118,7 @@ def test_attention(
         torch.randn(kv_heads, seen + 7, size, generator=generator).to(dtype)[:, 3 : 3 + seen]
         for _ in range(2)
     )
-    found = BUILT.attend(queries, keys, values, window)
+    found = BUILT.attend(queries, keys, values, window=window)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(
         found.double(), attention(queries, keys, values, window), atol=tolerance, rtol=tolerance
@@ -125,7 +126,40 @@ def test_attention(
     for row in range(rows):
         end = before + row + 1
         lo = max(0, end - window) if window else 0
-        alone = BUILT.attend(queries[row : row + 1], keys[:, lo:end], values[:, lo:end], window)
+        alone = BUILT.attend(queries[row : row + 1], keys[:, lo:end], values[:, lo:end], window=window)
+        assert torch.equal(alone[0], found[row])
+
+
+@needs_kernels
+@settings(max_examples=40, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 5, 8]),
+    size=st.sampled_from([6, 16, 80]),
+    rows=st.integers(1, 9),
+    before=st.sampled_from([0, 1, 63, 130]),
+    window=st.sampled_from([None, 1, 70]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_attention_over_int8(
+    kv_heads: int, group: int, size: int, rows: int, before: int, window: int | None, dtype: torch.dtype
+) -> None:
+    """As over the same keys and values widened, and a row's bits are the same alone and beside others."""
+    assert BUILT is not None
+    generator = torch.Generator().manual_seed(rows * before + size)
+    seen = before + rows
+    queries = torch.randn(rows, kv_heads * group, size, generator=generator).to(dtype)
+    codes = torch.randint(-127, 128, (2, kv_heads, seen + 7, size), generator=generator).to(torch.int8)
+    scales = torch.rand(2, kv_heads, seen + 7, generator=generator).div(60).half()
+    held = Held(codes[0], codes[1], scales[0], scales[1]).part(3, 3 + seen)
+    found = BUILT.attend(queries, *held, window=window)
+    expected = attention(queries, *held.widened(torch.float32), window)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+    for row in range(rows):
+        end = before + row + 1
+        lo = max(0, end - window) if window else 0
+        alone = BUILT.attend(queries[row : row + 1], *held.part(lo, end), window=window)
         assert torch.equal(alone[0], found[row])
 
 
@@ -134,6 +168,10 @@ def test_dtypes_are_checked() -> None:
     assert BUILT is not None
     x = torch.ones(1, 1, 8)
     with pytest.raises(TypeError, match="bfloat16"):
-        BUILT.attend(x, x.bfloat16(), x.bfloat16(), None)
+        BUILT.attend(x, x.bfloat16(), x.bfloat16(), window=None)
+    with pytest.raises(TypeError, match="int8"):
+        BUILT.attend(x, x.to(torch.int8), x.to(torch.int8), window=None)
+    with pytest.raises(TypeError, match="scales"):
+        BUILT.attend(x, x.to(torch.int8), x.to(torch.int8), x[0], x[0], window=None)
     with pytest.raises(TypeError, match="float64"):
-        BUILT.attend(x.double(), x.double(), x.double(), None)
+        BUILT.attend(x.double(), x.double(), x.double(), window=None)

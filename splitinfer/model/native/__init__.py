@@ -80,7 +80,7 @@ class Kernels:
         self._experts.argtypes = [pointer, pointer, size, pointer, integer, size, pointer, pointer, size]
         self._experts.argtypes += [pointer, integer, pointer, integer]
         self._attend = library.splitinfer_attend
-        self._attend.argtypes = [pointer, pointer, pointer, pointer, integer, *[size] * 7, integer]
+        self._attend.argtypes = [*[pointer] * 6, integer, *[size] * 8, integer]
 
     def product(self, matrices: ctypes.Array[Matrix], x: Tensor, out: Tensor) -> Tensor:
         """x [rows, k] by every matrix, side by side into out [rows, sum of n]; float32 or bfloat16 each."""
@@ -123,21 +123,37 @@ class Kernels:
             raise KeyError(wrong.value)
         return out
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        key_scales: Tensor | None = None,
+        value_scales: Tensor | None = None,
+        *,
+        window: int | None,
+    ) -> Tensor:
         """Causal attention of queries [n, N, D] over keys and values [V, S, D], to [n, N * D].
 
-        The last n of the S keys are the queries' own. Keys and values may be slices along S of one larger
-        buffer each, of the same strides.
+        The last n of the S keys are the queries' own. Keys and values are of the queries' dtype, or int8 with
+        scales [V, S] float16. They may be slices along S of larger buffers, alike in strides.
         """
         rows, heads, size = queries.shape
         kv_heads, seen, _ = keys.shape
         out = torch.empty((rows, heads * size), dtype=queries.dtype)
-        if keys.dtype != queries.dtype or values.dtype != queries.dtype or keys.stride() != values.stride():
+        stored = queries.dtype if key_scales is None else torch.int8
+        if {keys.dtype, values.dtype} != {stored} or keys.stride() != values.stride():
             raise TypeError(f"queries {queries.dtype}, keys {keys.dtype}, values {values.dtype}")
+        scales: tuple[int, int] | tuple[None, None] = (None, None)
+        stride = 0
+        if key_scales is not None and value_scales is not None:
+            if {key_scales.dtype, value_scales.dtype} != {torch.float16}:
+                raise TypeError(f"scales {key_scales.dtype} and {value_scales.dtype}")
+            scales, stride = (key_scales.data_ptr(), value_scales.data_ptr()), key_scales.stride(0)
         queries = queries.contiguous()
         failed = self._attend(
-            queries.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
-            is_bfloat16(queries), rows, heads, kv_heads, size, seen, keys.stride(0), window or 0,
+            queries.data_ptr(), keys.data_ptr(), values.data_ptr(), *scales, out.data_ptr(),
+            is_bfloat16(queries), rows, heads, kv_heads, size, seen, keys.stride(0), stride, window or 0,
             torch.get_num_threads(),
         )  # fmt: skip
         if failed:

@@ -1,5 +1,5 @@
 /* Attention of one sequence's new rows over its cached keys and values. */
-#include "products.h"
+#include "widen.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -8,11 +8,15 @@ enum { TILE = 6 }; /* (row, head) pairs that share a pass over one head's keys a
 
 typedef struct {
     const uint8_t *queries, *keys, *values;
+    const uint16_t *key_scales, *value_scales; /* float16, of int8 keys and values */
     uint8_t *out;
-    int bfloat16;                        /* all four are bfloat16, or float32 */
+    int bfloat16, stored;                /* queries and out; the format of keys and values */
     int64_t rows, heads, kv_heads, size; /* size: the head's dimension */
-    int64_t seen, kv_stride, window;     /* keys; elements between heads; 0: no window */
+    int64_t seen, window;                /* keys; 0: no window */
+    int64_t kv_stride, scale_stride;     /* elements between heads */
 } Call;
+
+static int64_t item_size(int format) { return format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1; }
 
 /* Some query rows' heads that read the same keys: pair i is row `row + i / heads`, head `head + i % heads`. */
 typedef struct {
@@ -32,9 +36,9 @@ static void place(const Call *c, Tile *t) {
 
 /* scores [pairs, width] of keys `from` to `to`, column 0 being key `from`. */
 static void score(const Call *c, const Tile *t, int64_t pairs, float *queries, float *scores, int64_t width) {
-    int64_t item = c->bfloat16 ? 2 : 4;
-    Matrix keys = {c->bfloat16 ? BFLOAT16 : FLOAT32, 0, t->to - t->from, c->size,
-                   c->keys + (t->kv_head * c->kv_stride + t->from * c->size) * item, 0};
+    Matrix keys = {c->stored, (int32_t)c->size, t->to - t->from, c->size,
+                   c->keys + (t->kv_head * c->kv_stride + t->from * c->size) * item_size(c->stored),
+                   c->key_scales ? c->key_scales + t->kv_head * c->scale_stride + t->from : 0};
     Rows rows = rows_at(&keys, pairs, queries);
     for (int64_t i = 0; i < pairs; i++) {
         int64_t from = ((t->row + i / t->heads) * c->heads + t->head + i % t->heads) * c->size;
@@ -66,7 +70,7 @@ static float exponentials(float *scores, int64_t lo, int64_t hi, int64_t width) 
 }
 
 /* out [R, C vectors] = sum over keys of weight * value, columns `d` to `d` + C * VL. */
-INLINE void value_tile(const int R, const int C, const int bfloat16, const Call *c, const uint8_t *values,
+INLINE void value_tile(const int R, const int C, const int stored, const Call *c, const uint8_t *values,
                        const float *weights, int64_t width, int64_t count, int64_t d, float *out,
                        int64_t stride) {
     vf acc[TILE][8];
@@ -74,7 +78,7 @@ INLINE void value_tile(const int R, const int C, const int bfloat16, const Call 
     for (int64_t s = 0; s < count; s++)
         UNROLL for (int v = 0; v < C; v++) {
             int64_t i = s * c->size + d + v * VL;
-            vf f = bfloat16 ? load_bfloat16((const uint16_t *)values + i) : load((const float *)values + i);
+            vf f = widened(stored, values, i);
             UNROLL for (int r = 0; r < R; r++)
                 acc[r][v] = fused(all(weights[r * width + s]), f, acc[r][v]);
         }
@@ -83,14 +87,14 @@ INLINE void value_tile(const int R, const int C, const int bfloat16, const Call 
 
 #define COLUMNS(R, C) \
     { for (; d + C * VL <= size; d += C * VL) \
-          value_tile(R, C, bfloat16, c, values, weights, width, count, d, out, stride); \
+          value_tile(R, C, stored, c, values, weights, width, count, d, out, stride); \
       for (; d + VL <= size; d += VL) \
-          value_tile(R, 1, bfloat16, c, values, weights, width, count, d, out, stride); }
+          value_tile(R, 1, stored, c, values, weights, width, count, d, out, stride); }
 
-INLINE void weigh(const int bfloat16, const Call *c, const Tile *t, int64_t pairs, const float *weights,
+INLINE void weigh(const int stored, const Call *c, const Tile *t, int64_t pairs, const float *weights,
                   int64_t width, float *out, int64_t stride) {
     int64_t count = t->to - t->from, size = c->size, d = 0;
-    const uint8_t *values = c->values + (t->kv_head * c->kv_stride + t->from * size) * (bfloat16 ? 2 : 4);
+    const uint8_t *values = c->values + (t->kv_head * c->kv_stride + t->from * size) * item_size(stored);
     switch (pairs) {
     case 1: COLUMNS(1, 8) break;
     case 2: COLUMNS(2, 4) break;
@@ -102,13 +106,19 @@ INLINE void weigh(const int bfloat16, const Call *c, const Tile *t, int64_t pair
     for (; d < size; d++) /* the odd columns of a head that is no multiple of a vector */
         for (int64_t r = 0; r < pairs; r++) {
             float sum = 0.0f;
-            for (int64_t s = 0; s < count; s++) {
-                int64_t i = s * size + d;
-                sum += weights[r * width + s] * (bfloat16 ? one_bfloat16(((const uint16_t *)values)[i])
-                                                          : ((const float *)values)[i]);
-            }
+            for (int64_t s = 0; s < count; s++)
+                sum += weights[r * width + s] * widened_end(stored, values, s * size + d, 1)[0];
             out[r * stride + d] = sum;
         }
+}
+
+/* Multiplies each pair's weights by the scales of the values that they are for. */
+static void scale_weights(const Call *c, const Tile *t, int64_t pairs, float *weights, int64_t width) {
+    const uint16_t *scales = c->value_scales + t->kv_head * c->scale_stride + t->from;
+    for (int64_t s = 0; s < t->to - t->from; s++) {
+        float scale = one_float16(scales[s]);
+        for (int64_t i = 0; i < pairs; i++) weights[i * width + s] *= scale;
+    }
 }
 
 static void attend_tile(const Call *c, Tile *t, float *memory) {
@@ -120,8 +130,12 @@ static void attend_tile(const Call *c, Tile *t, float *memory) {
     score(c, t, pairs, queries, scores, width);
     for (int64_t i = 0; i < pairs; i++)
         sums[i] = exponentials(scores + i * width, t->lo[i] - t->from, t->hi[i] - t->from, width);
-    if (c->bfloat16) weigh(1, c, t, pairs, scores, width, out, stride);
-    else weigh(0, c, t, pairs, scores, width, out, stride);
+    if (c->value_scales) scale_weights(c, t, pairs, scores, width);
+    switch (c->stored) {
+    case FLOAT32: weigh(FLOAT32, c, t, pairs, scores, width, out, stride); break;
+    case BFLOAT16: weigh(BFLOAT16, c, t, pairs, scores, width, out, stride); break;
+    default: weigh(INT8, c, t, pairs, scores, width, out, stride);
+    }
     for (int64_t i = 0; i < pairs; i++) {
         float *row = out + i * stride, share = 1.0f / sums[i];
         for (int64_t d = 0; d < c->size; d++) row[d] *= share;
@@ -132,12 +146,16 @@ static void attend_tile(const Call *c, Tile *t, float *memory) {
 
 /* Causal softmax attention, without scaling, of queries [rows, heads, size] over keys and values
    [kv_heads, seen, size], whose heads lie `kv_stride` elements apart; the last `rows` of them are the queries'
-   own positions. A row sees `window` keys with its own, or all before it for 0. out [rows, heads, size].
+   own positions. A row sees `window` keys with its own, or all before it for 0. out [rows, heads, size]. Keys
+   and values are of the queries' type, or int8 with float16 scales [kv_heads, seen], heads `scale_stride` apart.
    Returns 0, or -1 without memory. */
-int splitinfer_attend(const void *queries, const void *keys, const void *values, void *out, int bfloat16,
-                      int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t seen,
-                      int64_t kv_stride, int64_t window, int threads) {
-    const Call c = {queries, keys, values, out, bfloat16, rows, heads, kv_heads, size, seen, kv_stride, window};
+int splitinfer_attend(const void *queries, const void *keys, const void *values, const uint16_t *key_scales,
+                      const uint16_t *value_scales, void *out, int bfloat16, int64_t rows, int64_t heads,
+                      int64_t kv_heads, int64_t size, int64_t seen, int64_t kv_stride, int64_t scale_stride,
+                      int64_t window, int threads) {
+    const int stored = key_scales ? INT8 : bfloat16 ? BFLOAT16 : FLOAT32;
+    const Call c = {queries, keys, values, key_scales, value_scales, out, bfloat16, stored, rows, heads, kv_heads,
+                    size, seen, window, kv_stride, scale_stride};
     const int64_t group = heads / kv_heads, part = group > TILE ? 4 : group; /* heads of a tile */
     const int64_t parts = (group + part - 1) / part, height = part < TILE ? TILE / part : 1;
     const int64_t tiles = (rows + height - 1) / height, stride = padded(size);
