@@ -73,3 +73,10 @@ def test_two_formats_of_a_tied_tensor(cli: Cli, models: dict[str, Path]) -> None
     ).out  # fmt: skip
     assert line(out, "embeddings").endswith("bfloat16")
     assert "int8, the embeddings' tensor once more" in line(out, "lm_head")
+
+
+def test_keys_and_values_in_int8(cli: Cli, models: dict[str, Path]) -> None:
+    asked = ("generate", "-m", str(models["folder"]), "--context", "400", "--estimate")
+    wide, narrow = (line(cli(*asked, *more).out, "keys and values") for more in ((), ("--kv-cache", "int8")))
+    assert narrow.endswith("one sequence of 400 tokens, int8")
+    assert narrow.split()[0] != wide.split()[0]
