@@ -214,7 +214,7 @@ class RemoteExperts:
             if timeline.spans is not None:
                 for call in calls:
                     call.answer.add_done_callback(call.note_time)
-        return _Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline, x))
+        return _Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline))
 
     @property
     def _wide(self) -> str:
@@ -293,7 +293,6 @@ class RemoteExperts:
         calls: list[_Call],
         deadline: float,
         timeline: Timeline | None,
-        like: Tensor,
     ) -> Tensor:
         """Wait for all calls, mend what the link lost, and add the partial sums in the nodes' order."""
         start = perf_counter()
@@ -324,7 +323,7 @@ class RemoteExperts:
                 call.give_up()
             raise
         end = perf_counter()
-        total = add_partials(partials, wire.x).to(like.device)
+        total = add_partials(partials, wire.x)
         if timeline is not None:
             # What the caller waited for, split by the slowest node's own account of its arithmetic.
             split = max(start, end - compute)

@@ -230,7 +230,7 @@ class Decoder:
         start = perf_counter()
         tokens: list[int] = []
         index, penalised = len(self._ids) - self._prompt, self._sampler.params.repetition_penalty != 1
-        for row in logits:
+        for row in logits.cpu():
             seen = [*self._ids, *tokens] if penalised else ()
             tokens.append(self._sampler(row, index + len(tokens), seen))
             if len(tokens) > len(drafts) or tokens[-1] != drafts[len(tokens) - 1]:

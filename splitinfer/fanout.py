@@ -35,9 +35,9 @@ class Rows:
     @classmethod
     def of(cls, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Rows:
         return cls(
-            x.detach().cpu().contiguous(),
-            top_k_index.cpu().numpy(),
-            top_k_weights.to(device="cpu", dtype=torch.float32).numpy(),
+            x.detach().contiguous(),
+            top_k_index.numpy(),
+            top_k_weights.to(torch.float32).numpy(),
         )
 
 

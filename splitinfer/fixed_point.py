@@ -28,8 +28,8 @@ def to_fixed(parts: Tensor) -> Tensor:
 
 
 def from_fixed(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum in the model's dtype. On the CPU: not every device has 64 bits."""
-    return total.to("cpu", torch.float64).mul_(2.0**-STEP_BITS).to(dtype)
+    """A sum, a CPU tensor as not every device has 64 bits, in the model's dtype."""
+    return total.to(torch.float64).mul_(2.0**-STEP_BITS).to(dtype)
 
 
 def out_of_range() -> SplitinferError:

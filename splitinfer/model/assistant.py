@@ -148,7 +148,7 @@ class Assistant:
         ids = self._clusters[top].flatten()
         scored = F.linear(x, self._rows[ids])[0].float()
         # Tokens of other clusters get what the reference gives them: one less than the least one scored.
-        return torch.full((len(self._rows),), float(scored.min()) - 1.0).index_copy_(0, ids, scored)
+        return (scored.min() - 1.0).repeat(len(self._rows)).index_copy_(0, ids, scored)
 
 
 class _Layer:

@@ -119,7 +119,7 @@ class AssistantDrafter:
         return drafts
 
     def _embed(self, token: int) -> Tensor:
-        embedded = self._target.embed(torch.tensor([token], device=self._target.device))
+        embedded = self._target.embed(torch.tensor([token]))
         return embedded.to(self._assistant.device, self._assistant.dtype)
 
     def _keys_values(self, cache: KVCache, length: int) -> KeysValues:

@@ -39,7 +39,8 @@ class Experts(Protocol):
         top_k_weights: Tensor,
         timeline: Timeline | None = None,
     ) -> Awaitable[Tensor]:
-        """Starts the layer's experts on x [rows, H] now; awaiting gives their weighted sum [rows, H].
+        """Starts the layer's experts on x [rows, H] now; awaiting gives their weighted sum [rows, H]. All
+        tensors are on the CPU.
 
         `top_k_index` [rows, K] int64, `top_k_weights` [rows, K] float32. The sum has x's dtype. What the
         caller waits for goes to `timeline` as "experts" and "network".
@@ -50,9 +51,9 @@ class Experts(Protocol):
 class _TorchExpert:
     """One expert by PyTorch's products. Reference: transformers' `Gemma4TextExperts`."""
 
-    def __init__(self, gate_up_proj: Packed, down_proj: Packed, device: torch.device) -> None:
-        self.gate_up_proj = Linear(gate_up_proj, device=device)  # [2*I, H]
-        self.down_proj = Linear(down_proj, device=device)  # [H, I]
+    def __init__(self, gate_up_proj: Packed, down_proj: Packed) -> None:
+        self.gate_up_proj = Linear(gate_up_proj)  # [2*I, H]
+        self.down_proj = Linear(down_proj)  # [H, I]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, H] to [rows, H], without the router's weight."""
@@ -94,11 +95,9 @@ class ExpertBank:
         dtype: torch.dtype | None = None,
         format: str | None = None,
         columns: tuple[int, int] | None = None,
-        device: str | torch.device = "cpu",
     ) -> None:
         self.hidden_size = checkpoint.config.hidden_size
-        self.device = torch.device(device)
-        self._kernels = kernels() if self.device.type == "cpu" else None
+        self._kernels = kernels()
         self._layers: dict[int, _Layer] = {}
         formats = set()
         for layer, ids in holding.items():
@@ -138,7 +137,7 @@ class ExpertBank:
             return x.to(out_dtype)
         if self._kernels is None or not {x.dtype, out_dtype} <= {*DTYPES, FIXED}:
             forward = self._forward_fixed if out_dtype is FIXED else self._forward
-            return forward(held, layer, x, top_k_index, top_k_weights).to(x.device, out_dtype)
+            return forward(held, layer, x, top_k_index, top_k_weights).to(out_dtype)
         try:
             return self._kernels.experts(
                 held.gate_up,
@@ -157,35 +156,33 @@ class ExpertBank:
         self, held: _Layer, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """The same by PyTorch's products, float32."""
-        total = torch.zeros(x.shape, dtype=torch.float32, device=self.device)
-        source = x.to(self.device)
-        flat_weights = top_k_weights.to(self.device, torch.float32).flatten()
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        flat_weights = top_k_weights.to(torch.float32).flatten()
         k = top_k_index.shape[-1]
         for expert, places in sorted(_by_expert(top_k_index).items()):
             product = held.products.get(expert)
             if product is None:
                 if expert not in held.packed:
                     raise _not_held(expert, layer)
-                product = held.products[expert] = _TorchExpert(*held.packed[expert], self.device)
-            place = torch.tensor(places, device=self.device)
+                product = held.products[expert] = _TorchExpert(*held.packed[expert])
+            place = torch.tensor(places)
             rows = place // k
-            part = product(source[rows]).float().mul_(flat_weights[place].unsqueeze(-1))
+            part = product(x[rows]).float().mul_(flat_weights[place].unsqueeze(-1))
             total.index_add_(0, rows, part)
         return total
 
     def _forward_fixed(
         self, held: _Layer, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        """In fixed point, on the CPU."""
-        total = torch.zeros(x.shape, dtype=FIXED)
-        source, k = x.cpu(), top_k_index.shape[-1]
-        flat_weights = top_k_weights.to("cpu", torch.float32).flatten()
+        """The same in fixed point."""
+        total, k = torch.zeros(x.shape, dtype=FIXED), top_k_index.shape[-1]
+        flat_weights = top_k_weights.to(torch.float32).flatten()
         for expert, places in _by_expert(top_k_index).items():
             if expert not in held.packed:
                 raise _not_held(expert, layer)
             place = torch.tensor(places)
             rows = place // k
-            part = expert_in_fixed_point(*held.packed[expert], source[rows], flat_weights[place])
+            part = expert_in_fixed_point(*held.packed[expert], x[rows], flat_weights[place])
             total.index_add_(0, rows, part)
         return total
 

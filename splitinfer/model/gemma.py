@@ -22,6 +22,7 @@ from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.row_kernels import row_ops
+from splitinfer.model.staging import Staging
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
@@ -55,6 +56,7 @@ class Gemma:
         self.dtype = dtype
         weights = Weights(checkpoint, "", device, dtype, quant)
         self._ops = row_ops(device, dtype)
+        self._staging = Staging(device)
         self._final_scale = weights.scale("norm")
         tied = config.tie_word_embeddings
         head = weights.packed("embed_tokens" if tied else "lm_head", quant.lm_head)
@@ -165,15 +167,15 @@ class Gemma:
                 cancel()
             raise
         moe = await routed
-        return await compute(rows, layer.combine, to.residual, dense, moe.to(self.device), step)
+        return await compute(rows, layer.combine, to.residual, dense, moe, step)
 
     def _norm(self, x: Tensor) -> Tensor:
         return self._ops.norm(x, self._final_scale, self.config.rms_norm_eps, x.dtype)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Scaled embeddings [rows, H], as the first layer gets them."""
-        rows = self._embedding.widen(token_ids.cpu()).to(self.device, self.dtype)
-        return rows * self._embedding_scale
+        """Scaled embeddings [rows, H] of CPU ids [rows], as the first layer gets them."""
+        rows = self._embedding.widen(token_ids).to(self.dtype)
+        return self._staging.to_device(rows) * self._embedding_scale
 
     def _token_ids(self, segments: Sequence[Segment]) -> Tensor:
         if not segments or not all(len(segment.token_ids) for segment in segments):
@@ -184,7 +186,7 @@ class Gemma:
         if int(low) < 0 or int(high) >= self.config.vocab_size:
             wrong = int(low) if int(low) < 0 else int(high)
             raise UsageError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
-        return token_ids.to(self.device)
+        return token_ids
 
     def _plan(
         self,
@@ -205,4 +207,4 @@ class Gemma:
             lo += n
         where = positions[0] if len(positions) == 1 else torch.cat(positions)
         rotations = {kind: rotation(f, where) for kind, f in self._frequencies.items()}
-        return Step(parts, rotations, timeline, front)
+        return Step(parts, rotations, self._staging, timeline, front)

@@ -26,6 +26,7 @@ from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import Packed, QuantConfig, format_of, natural_format, quantize
 from splitinfer.model.row_kernels import row_ops
 from splitinfer.model.rows import Routing
+from splitinfer.model.staging import Staging
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
@@ -57,6 +58,7 @@ class Step(NamedTuple):
 
     parts: list[Part]
     rotations: dict[str, Rotation]  # by layer type
+    staging: Staging
     timeline: Timeline | None
     front: Front | None
 
@@ -212,6 +214,9 @@ class DecoderLayer:
             self.expert_scale,
             self.routing,
         )
+        if expert_input is not None and chosen is not None:
+            expert_input, *choice = step.staging.to_host(expert_input, *chosen)
+            chosen = choice[0], choice[1]
         step.record("attention", self.index, start)
         return Routed(x, dense_input, expert_input, chosen)
 
@@ -223,6 +228,7 @@ class DecoderLayer:
 
     def combine(self, residual: Tensor, dense: Tensor, moe: Tensor | None, step: Step) -> Tensor:
         start = perf_counter()
+        moe = None if moe is None else step.staging.to_device(moe)
         x = self.ops.combine(
             residual, dense, moe, self.expert_out_scale, self.post_feedforward_scale, self.eps, self.scalar
         )

@@ -280,7 +280,7 @@ def test_refuses_rows_that_cannot_be(tiny: Gemma, ids: list[int], what: str) -> 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(tiny: Gemma, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "model"))
-    bank = ExpertBank(checkpoint, {layer: range(11) for layer in range(4)}, device="cuda")
+    bank = ExpertBank(checkpoint, {layer: range(11) for layer in range(4)})
     model = Gemma.load(checkpoint, LocalExperts(bank), device="cuda")
     ids = prompt(60)
     found = asyncio.run(run(model, ids, [50, 1, 9])).cpu()

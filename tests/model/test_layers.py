@@ -6,6 +6,7 @@ import torch
 from splitinfer.model.front import Front
 from splitinfer.model.layers import DecoderLayer, Step, Weights
 from splitinfer.model.quantize import QuantConfig
+from splitinfer.model.staging import Staging
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline
 from tests.checkpoints import write_checkpoint
@@ -40,7 +41,7 @@ def test_sliding_layers_project_values_and_full_ones_do_not(checkpoint: Checkpoi
 
 def test_a_step_tells_time_and_the_step_behind() -> None:
     timeline, front = Timeline(), Front()
-    step = Step([], {}, timeline, front)
+    step = Step([], {}, Staging(torch.device("cpu")), timeline, front)
     later = step.record("attention", 2, 0.0)
     assert timeline.seconds == {("attention", 2): later}
     step.leave(2)
