@@ -26,13 +26,13 @@ from splitinfer.model.compute import compute, use_threads
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
 from splitinfer.model.gemma import Gemma
-from splitinfer.model.hub import resolve_model
+from splitinfer.model.hub import check_model, resolve_model
 from splitinfer.model.native import arithmetic
 from splitinfer.model.pipeline import IN_FLIGHT, prefill
 from splitinfer.model.sampling import Sampler, SamplingParams
 from splitinfer.model.tokenizer import StreamDecoder, Tokenizer
 from splitinfer.model.weights import Checkpoint
-from splitinfer.prompt import Prompt, encode
+from splitinfer.prompt import Prompt, check_room, encode
 from splitinfer.timing import Span, Timeline
 from splitinfer.trace import check_trace, write_trace
 
@@ -67,6 +67,10 @@ class AsyncEngine:
     ) -> None:
         if isinstance(nodes, str):
             raise UsageError("nodes takes a list of addresses", remedy=f"Write nodes=[{nodes!r}].")
+        for node in nodes or ():
+            if not isinstance(node, str):
+                raise UsageError(f"nodes has {node!r}, no address", remedy='Write nodes=["host:7077"].')
+        check_model(model)
         self._model_name = model
         self._addresses = tuple(nodes or ())
         if config is not None and settings:
@@ -295,14 +299,7 @@ class _Generation:
         room = engine.context - len(prompt)
         if max_tokens is None:
             max_tokens = min(DEFAULT_MAX_TOKENS, room)
-        if not isinstance(max_tokens, int) or (max_tokens < 1 and room >= 1):
-            raise UsageError(f"max_tokens is {max_tokens!r}", remedy="Ask for at least one token.")
-        if max_tokens > room or room < 1:
-            raise UsageError(
-                f"{len(prompt)} prompt tokens and {max_tokens} new ones do not fit "
-                f"the context of {engine.context}",
-                remedy="Shorten the prompt, lower --max-tokens, or raise --context.",
-            )
+        check_room(len(prompt), max_tokens, engine.context)
         if stop and engine.tokenizer is None:
             raise UsageError(
                 f"{engine.checkpoint.path} has no tokenizer, so stop strings cannot be found",

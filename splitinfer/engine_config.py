@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,18 @@ class EngineConfig:
     draft: str = "auto"
     draft_depth: int | str = "auto"
     transport: transport.ClientConfig | None = None
+
+    def __post_init__(self) -> None:
+        seconds = self.timeout
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < inf:
+            raise UsageError(
+                f"timeout={seconds!r} is no time to answer in", remedy="Give a number of seconds above 0."
+            )
+        if not isinstance(self.draft, str | Path):
+            raise UsageError(
+                f"draft={self.draft!r} names no drafter",
+                remedy='Write draft="off" for none, "auto", "lookup", or a drafter\'s directory.',
+            )
 
     def torch_dtype(self) -> torch.dtype | None:
         """`dtype` for torch. Raises UsageError for one that nobody computes in."""

@@ -74,7 +74,7 @@ class StopStrings:
             or not isinstance(stops, Sequence)
             or not all(isinstance(stop, str) and stop for stop in stops)
         ):
-            raise UsageError("stop takes a list of non-empty strings", remedy='write stop=["\\n\\n"]')
+            raise UsageError("stop takes a list of non-empty strings", remedy='Write stop=["\\n\\n"].')
         self._stops = tuple(stops)
         self._held = ""
         self.found = False

@@ -20,7 +20,7 @@ from splitinfer.dispatch import EXPERT_CALL
 from splitinfer.errors import UsageError
 from splitinfer.model.compute import run, runs_inline, submit, use_threads
 from splitinfer.model.experts import ExpertBank
-from splitinfer.model.hub import resolve_model
+from splitinfer.model.hub import check_model, resolve_model
 from splitinfer.model.native import arithmetic
 from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.weights import Checkpoint
@@ -31,6 +31,7 @@ __all__ = ["ECHO_CALL", "ExpertNode", "echo"]
 log = logging.getLogger(__name__)
 
 ECHO_CALL = "echo"
+MAX_PORT = 65535
 DRAIN_TIMEOUT = 10.0  # seconds that calls in flight get to finish when the node stops
 
 
@@ -64,6 +65,9 @@ class ExpertNode:
         quant: str | None = None,
         config: transport.ServerConfig | None = None,
     ) -> None:
+        check_model(model)
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= MAX_PORT:
+            raise UsageError(f"port {port!r} does not exist", remedy=f"Choose 0 (any) to {MAX_PORT}.")
         self._model = model
         self._experts = experts
         self._layers = layers

@@ -9,7 +9,7 @@ from splitinfer.errors import UsageError
 from splitinfer.model.tokenizer import Tokenizer
 from splitinfer.model.weights import Checkpoint
 
-__all__ = ["Prompt", "encode"]
+__all__ = ["Prompt", "check_room", "encode"]
 
 Prompt = str | Sequence[int]
 
@@ -43,6 +43,18 @@ def encode(prompt: Prompt, checkpoint: Checkpoint, tokenizer: Tokenizer | None, 
             remedy="Shorten the prompt, or raise --context as far as the model and memory allow.",
         )
     return ids
+
+
+def check_room(prompt_tokens: int, max_tokens: int, context: int) -> None:
+    """Raises UsageError where so many new tokens do not fit the context after the prompt, or are none."""
+    room = context - prompt_tokens
+    if not isinstance(max_tokens, int) or (max_tokens < 1 and room >= 1):
+        raise UsageError(f"max_tokens is {max_tokens!r}", remedy="Ask for at least one token.")
+    if max_tokens > room or room < 1:
+        raise UsageError(
+            f"{prompt_tokens} prompt tokens and {max_tokens} new ones do not fit the context of {context}",
+            remedy="Shorten the prompt, lower --max-tokens, or raise --context.",
+        )
 
 
 def _ids(prompt: Sequence[int]) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,3 +29,17 @@ def test_keys_and_values_in_another_format() -> None:
     assert EngineConfig(kv_cache="int8").int8_cache()
     with pytest.raises(UsageError, match="cannot be kept in 'fp8'"):
         EngineConfig(kv_cache="fp8").int8_cache()
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), None, "60", True])
+def test_a_timeout_that_is_none(timeout: Any) -> None:
+    with pytest.raises(UsageError, match="timeout=") as caught:
+        EngineConfig(timeout=timeout)
+    assert "seconds" in caught.value.remedy
+
+
+@pytest.mark.parametrize("draft", [None, 4, False])
+def test_a_drafter_that_is_none(draft: Any) -> None:
+    with pytest.raises(UsageError, match="draft=") as caught:
+        EngineConfig(draft=draft)
+    assert 'draft="off"' in caught.value.remedy

@@ -184,3 +184,15 @@ def test_resident_size_is_that_of_the_shard(tmp_path: Path, experts: str) -> Non
     output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     grown, nbytes = json.loads(output)
     assert 0.9 * nbytes < grown < 1.1 * nbytes
+
+
+@pytest.mark.parametrize("port", [99999, -1, "7077", True, None])
+def test_a_port_that_does_not_exist(checkpoint: Path, port: Any) -> None:
+    with pytest.raises(UsageError, match="does not exist") as caught:
+        ExpertNode(checkpoint, port=port)
+    assert "65535" in caught.value.remedy
+
+
+def test_a_node_of_no_model() -> None:
+    with pytest.raises(UsageError, match="model is None"):
+        ExpertNode(None)  # type: ignore[arg-type]

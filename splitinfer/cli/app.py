@@ -26,11 +26,11 @@ _ParserError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__n
 
 _EPILOG = """
 [bold]Examples[/bold]
-  splitinfer node --experts 0-31              hold half of the demo model
-  splitinfer generate "Once" --nodes a:7077   generate, with experts on a node
-  splitinfer chat path/to/gemma               talk to a model on this machine
+  splitinfer node --experts 0-31                   hold half of the demo model
+  splitinfer generate "import os" --nodes a:7077   with its experts there
+  splitinfer chat path/to/gemma                    a model on this machine
   splitinfer plan gemma-4-26b-a4b --node a=16GiB --quant int4
-  splitinfer bench --rtt                      what the link to a node costs
+  splitinfer bench --rtt                           what a link to nodes costs
 
 Settings come from the command line, then the environment
 (SPLITINFER_MODEL, SPLITINFER_NODES, ...), then splitinfer.toml, here or in

@@ -10,11 +10,12 @@ import typer
 
 __all__ = ["EPILOG", "command"]
 
-EPILOG = """[bold]Examples[/bold]
+EPILOG = """
+[bold]Examples[/bold]
+  splitinfer cert                               into ./splitinfer-tls
+  splitinfer cert -o tls --name node1 --name 192.168.1.20
 
-\b
-  splitinfer cert                             into ./splitinfer-tls, for this machine's name
-  splitinfer cert -o /etc/splitinfer --name node1.example.org --name 192.168.1.20
+Names are what clients dial; without --name it is this machine's.
 """
 
 
@@ -31,8 +32,8 @@ def command(
 ) -> None:
     """Make a certificate for a node, and a token that nodes and clients share.
 
-    The key and the token are readable by you alone. A token that exists is kept, so that several nodes can
-    have one.
+    The key and the token are readable by you alone. A token that exists is
+    kept, so that several nodes can have one.
     """
     from splitinfer.transport.certificates import make_certificate
 

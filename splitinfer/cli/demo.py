@@ -13,7 +13,7 @@ from splitinfer.cli.console import busy, human_size, screen
 from splitinfer.cli.processes import node_process
 from splitinfer.cli.session import client_config, model_of
 from splitinfer.config import Settings, load_settings
-from splitinfer.errors import SplitinferError
+from splitinfer.errors import SplitinferError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,8 +61,9 @@ def command(
     from splitinfer.model.hub import resolve_model
 
     path = resolve_model(model_of(Settings(model=model or "")))
+    halves = _halves(path, prompt, max_tokens)
     console = screen(stderr=False)
-    split = _split_run(console, path, prompt, max_tokens)
+    split = _split_run(console, path, halves, prompt, max_tokens)
     console.print(_costs(split))
     with busy("the same with the experts here"):
         import splitinfer
@@ -79,13 +80,31 @@ def command(
     )
 
 
-def _split_run(console: Console, path: Path, prompt: str, max_tokens: int) -> Completion:
+def _halves(path: Path, prompt: str, max_tokens: int) -> tuple[str, str]:
+    """What each node holds. Raises UsageError, before any is started, for what cannot be shown."""
+    from splitinfer.engine_config import EngineConfig
+    from splitinfer.model.tokenizer import Tokenizer
+    from splitinfer.model.weights import Checkpoint
+    from splitinfer.prompt import check_room, encode
+
+    checkpoint = Checkpoint.open(path)
+    count = checkpoint.config.num_experts
+    if count < 2:
+        raise UsageError(
+            f"{path} is a dense model: it has no experts for two nodes",
+            remedy="Name a model with a mixture of experts, or none: the built-in one.",
+        )
+    context = EngineConfig(**EXACT).context_of(checkpoint.config)
+    check_room(len(encode(prompt, checkpoint, Tokenizer.open(path), context)), max_tokens, context)
+    return f"0-{count // 2 - 1}", f"{count // 2}-{count - 1}"
+
+
+def _split_run(
+    console: Console, path: Path, halves: tuple[str, str], prompt: str, max_tokens: int
+) -> Completion:
     """Start the nodes, generate through them, stop them."""
     import splitinfer
-    from splitinfer.model.config import load_config
 
-    count = load_config(path).num_experts
-    halves = f"0-{count // 2 - 1}", f"{count // 2}-{count - 1}"
     trust = client_config(load_settings())  # the nodes read the same settings
     with ExitStack() as stack:
         with busy("starting two expert nodes"):

@@ -28,10 +28,10 @@ __all__ = ["EPILOG", "command"]
 
 EPILOG = """
 [bold]Examples[/bold]
-  splitinfer generate "Once upon a time"
-  splitinfer generate "Once" --nodes host1:7077,host2:7077 --max-tokens 64
+  splitinfer generate "import os" --temperature 0.7    the demo model
+  splitinfer generate "def f(" --nodes host1:7077,host2:7077 --max-tokens 64
   splitinfer generate --file prompt.txt --temperature 0.7 --seed 1
-  echo "Once" | splitinfer generate --json | jq .usage
+  echo "import os" | splitinfer generate --json | jq .usage
   splitinfer generate --model path/to/gemma --context 32768 --estimate
   splitinfer generate --token-ids 2,5,7    when there is no tokenizer
 """
@@ -79,7 +79,9 @@ def read_prompt(prompt: str | None, file: str | None, token_ids: str | None) -> 
     elif file is not None:
         text, place = _read_file(file), file
     elif sys.stdin.isatty():
-        raise UsageError("there is no prompt", remedy='Give one: splitinfer generate "Once", or --file FILE.')
+        raise UsageError(
+            "there is no prompt", remedy='Give one: splitinfer generate "import os", or --file FILE.'
+        )
     else:
         text, place = _decode(sys.stdin.buffer.read(), "standard input"), "standard input"
     if not text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from platform import node as node_name
 from typing import TYPE_CHECKING
 
 from splitinfer.cli.console import busy, human_size, run, screen
@@ -13,7 +14,7 @@ from splitinfer.config import Settings
 if TYPE_CHECKING:
     from splitinfer.node import ExpertNode
 
-__all__ = ["EPILOG", "announce", "command"]
+__all__ = ["EPILOG", "announce", "client_command", "command"]
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -59,12 +60,13 @@ async def _serve(settings: Settings) -> None:
         await node.start()
     serving = get_running_loop().create_task(node.serve_forever())
     await sleep(0)  # from here on it drains at SIGTERM: whoever reads the announcement may send one
-    announce(node)
+    announce(node, settings)
     await serving
 
 
-def announce(node: ExpertNode) -> None:
-    """Say what the node holds and where it listens: a panel on a terminal, two plain lines elsewhere."""
+def announce(node: ExpertNode, settings: Settings) -> None:
+    """Say what the node holds and where it listens: on a terminal with a command that uses it, else two plain
+    lines."""
     holds = f"{node.holding}, {human_size(node.nbytes)}"
     console = screen(stderr=False)
     if not console.is_terminal:
@@ -74,7 +76,28 @@ def announce(node: ExpertNode) -> None:
     from rich.text import Text
 
     text = Text.assemble(
-        ("holding    ", "dim"), holds, "\n", ("listening  ", "dim"), (node.address, "bold"), "\n",
-        ("use it     ", "dim"), f'splitinfer generate "Once" --nodes {node.address}',
+        ("holding    ", "dim"), holds, "\n", ("listening  ", "dim"), (node.address, "bold")
     )  # fmt: skip
     console.print(Panel.fit(text, title="splitinfer node", title_align="left", subtitle="Ctrl-C to stop"))
+    # Outside the panel: a terminal may break the line, and it can still be copied whole.
+    console.print(Text.assemble(("use it: ", "dim"), client_command(node.address, settings)), soft_wrap=True)
+
+
+def client_command(address: str, settings: Settings) -> str:
+    """What to type on a client of this node: with the model, and what the node asks of clients."""
+    from splitinfer.transport.certificates import TLSConfig, server_binding
+
+    host, _, port = address.rpartition(":")
+    if host in ("0.0.0.0", "[::]"):
+        host = node_name()  # nobody dials "every address of this machine"
+    words = [
+        "splitinfer generate",
+        '"import os"' if not settings.model else f'"Once" --model {settings.model}',
+    ]
+    words.append(f"--nodes {host}:{port}")
+    if settings.token_file:
+        words.append(f"--token-file {settings.token_file}")
+    if settings.tls_cert:
+        binding = server_binding(TLSConfig(settings.tls_cert, settings.tls_key))
+        words.append(f"--tls-fingerprint sha256:{binding.hex()}")
+    return " ".join(words)

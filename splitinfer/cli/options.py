@@ -58,7 +58,7 @@ def _number(kind: Any, metavar: str, text: str, panel: str) -> Any:
     return Annotated[kind, typer.Option(metavar=metavar, help=text, rich_help_panel=panel)]
 
 
-_MODEL_HELP = "A folder or a hub id. Default: SPLITINFER_MODEL, splitinfer.toml, the demo model."
+_MODEL_HELP = "Folder, GGUF file or hub id. Default: SPLITINFER_MODEL, splitinfer.toml, the demo model."
 
 _SETTINGS: dict[str, Any] = {
     "model_argument": Annotated[

@@ -88,13 +88,20 @@ def client_config(settings: Settings) -> ClientConfig:
 
 def _link(settings: Settings) -> LinkSpec | None:
     """The link to emulate, None for the one at hand."""
-    from splitinfer.transport.link import LinkSpec
+    from splitinfer.transport.link import LinkSpec, parse_bandwidth, parse_duration
 
     rtt, jitter, bandwidth = settings.simulate_rtt, settings.simulate_jitter, settings.simulate_bandwidth
+    given = ("rtt", rtt, parse_duration), ("bandwidth", bandwidth, parse_bandwidth)
+    flag = ""
     try:
+        for name, text, read in (*given, ("jitter", jitter, parse_duration)):
+            flag = f"--simulate-{name}"
+            if text is not None:
+                read(text)
+        # What is left to be wrong is the last: more of it than there is round trip.
         return LinkSpec.from_options(rtt=rtt, jitter=jitter, bandwidth=bandwidth)
     except UsageError as error:
-        raise UsageError(f"--simulate-...: {error}", remedy=error.remedy) from None
+        raise UsageError(f"{flag}: {error}", remedy=error.remedy) from None
 
 
 def server_config(settings: Settings) -> ServerConfig:

@@ -31,6 +31,6 @@ def _checkpoint(name: str) -> Path:
         raise CheckpointError(
             f"the built-in demo model is not installed: {folder} holds no model.safetensors",
             path=str(folder),
-            remedy="install splitinfer again, or train the model: bin/train-demo --output splitinfer/demo",
+            remedy="Install splitinfer again, or train the model: bin/train-demo --output splitinfer/demo.",
         )
     return folder

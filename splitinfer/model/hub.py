@@ -5,14 +5,24 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from splitinfer.errors import CheckpointError
+from splitinfer.errors import CheckpointError, UsageError
 
-__all__ = ["resolve_model"]
+__all__ = ["check_model", "resolve_model"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights as safetensors, settings, tokenizer: nothing that could hold code or a pickle.
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
 FILES = ("*.safetensors", *SMALL_FILES)
+
+
+def check_model(model: object) -> None:
+    """Raises UsageError for what cannot name a model."""
+    if not isinstance(model, str | Path) or not str(model).strip():
+        raise UsageError(
+            f"model is {model!r}, neither a path nor a hub id",
+            remedy="Name a model directory, a GGUF file or a Hugging Face id; splitinfer.demo.path() is the "
+            "built-in model.",
+        )
 
 
 def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
@@ -28,7 +38,7 @@ def resolve_model(model: str | Path, *, weights: bool = True) -> Path:
         raise CheckpointError(
             f"{model} does not exist",
             path=str(model),
-            remedy="Name a model directory, or a Hugging Face id such as owner/name.",
+            remedy="Name a model directory, a GGUF file, or a Hugging Face id such as owner/name.",
         )
     # Imported here: it takes half a second, and most starts never need the hub.
     from huggingface_hub import snapshot_download

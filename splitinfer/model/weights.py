@@ -128,7 +128,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{directory} {what}",
                 path=str(directory),
-                remedy="Name a model directory in the Hugging Face layout (config.json and *.safetensors).",
+                remedy="Name a directory in the Hugging Face layout, or a file whose name ends in .gguf.",
             )
         config = load_config(directory)
         located: dict[str, tuple[MappedFile, str]] = {}

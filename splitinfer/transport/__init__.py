@@ -15,10 +15,12 @@ was measured.
 from __future__ import annotations
 
 from splitinfer.transport.addresses import Address
+from splitinfer.transport.certificates import TLSConfig
 from splitinfer.transport.client import Channel, connect
 from splitinfer.transport.config import ClientConfig, ServerConfig
 from splitinfer.transport.frames import Limits
 from splitinfer.transport.messages import Call, Reply
+from splitinfer.transport.security import Token, load_token
 from splitinfer.transport.server import Answer, Handler, Server, serve
 from splitinfer.transport.session import Stats
 from splitinfer.transport.tensors import Array, Tensor
@@ -36,7 +38,10 @@ __all__ = [
     "Server",
     "ServerConfig",
     "Stats",
+    "TLSConfig",
     "Tensor",
+    "Token",
     "connect",
+    "load_token",
     "serve",
 ]

@@ -81,7 +81,7 @@ def parse_fingerprint(text: str) -> bytes:
     if len(raw) != 32:
         raise UsageError(
             f"{text!r} is not the SHA-256 fingerprint of a certificate",
-            remedy="copy the line that `splitinfer cert` printed: sha256: and 64 hex digits",
+            remedy="Copy the line that `splitinfer cert` printed: sha256: and 64 hex digits.",
         )
     return raw
 
@@ -89,7 +89,7 @@ def parse_fingerprint(text: str) -> bytes:
 def server_context(tls: TLSConfig) -> ssl.SSLContext:
     """Raises UsageError for files that are missing, open to others, or no certificates."""
     if tls.certificate is None:
-        raise UsageError("a TLS server needs a certificate", remedy="make one with `splitinfer cert`")
+        raise UsageError("a TLS server needs a certificate", remedy="Make one with `splitinfer cert`.")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     # Connections live for hours: a resumed session would save nothing, and its ticket is one more secret.
@@ -136,7 +136,7 @@ def check_peer(certificate: bytes | None, tls: TLSConfig, peer: str) -> None:
         raise AuthenticationError(
             f"{peer} shows another certificate than the one pinned: {_PREFIX}{found.hex()}",
             peer=peer,
-            remedy="compare with the fingerprint on the server itself; if they differ, do not connect",
+            remedy="Compare with the fingerprint on the server itself; if they differ, do not connect.",
         )
 
 
@@ -159,18 +159,18 @@ def map_tls_error(error: ssl.SSLError, peer: str) -> TransportError:
         return AuthenticationError(
             f"the certificate of {peer} is not trusted: {error.verify_message}",
             peer=peer,
-            remedy="pin it by its fingerprint, or name the authority that signed it",
+            remedy="Pin it by its fingerprint, or name the authority that signed it.",
         )
     if "alert" in reason and any(word in reason for word in ("certificate", "unknown ca", "access denied")):
         return AuthenticationError(
             f"{peer} does not accept our certificate: {reason}",
             peer=peer,
-            remedy="give a client certificate that its authority signed",
+            remedy="Give a client certificate that its authority signed.",
         )
     if "did not return a certificate" in reason:
         return AuthenticationError(f"{peer} shows no certificate", peer=peer)
     return ConnectError(
-        f"no TLS 1.3 with {peer}: {reason}", peer=peer, remedy="use TLS on both ends, or on neither"
+        f"no TLS 1.3 with {peer}: {reason}", peer=peer, remedy="Use TLS on both ends, or on neither."
     )
 
 
@@ -192,7 +192,7 @@ def make_certificate(
     files = folder / "cert.pem", folder / "key.pem"
     for file in files:
         if file.exists() and not replace:
-            raise UsageError(f"{file} exists", remedy="choose another folder, or replace it with --replace")
+            raise UsageError(f"{file} exists", remedy="Choose another folder, or replace it with --replace.")
     named = tuple(dict.fromkeys([*names, socket.gethostname(), "localhost", "127.0.0.1", "::1"]))
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, named[0][:64])])
@@ -231,7 +231,7 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
     except ValueError:
         raise UsageError(
-            f"{name!r} cannot be in a certificate", remedy="give a host name or an address"
+            f"{name!r} cannot be in a certificate", remedy="Give a host name or an address."
         ) from None
 
 
@@ -243,19 +243,19 @@ def _load_own(context: ssl.SSLContext, tls: TLSConfig) -> None:
     except ssl.SSLError as error:
         raise UsageError(
             f"{certificate} and {key} are not a certificate and its key: {error.reason or error}",
-            remedy="make a pair with `splitinfer cert`",
+            remedy="Make a pair with `splitinfer cert`.",
         ) from error
     except OSError as error:
         raise UsageError(
             f"{error.filename or certificate} cannot be read: {error.strerror}",
-            remedy="make a certificate with `splitinfer cert`",
+            remedy="Make a certificate with `splitinfer cert`.",
         ) from error
 
 
 def _refuse_password() -> str:
     # Without this OpenSSL would ask on the terminal, and a server without one would hang.
     raise UsageError(
-        "the key is encrypted", remedy="decrypt it with `openssl pkey`, and close the file to others"
+        "the key is encrypted", remedy="Decrypt it with `openssl pkey`, and close the file to others."
     )
 
 
@@ -265,7 +265,7 @@ def _load_authorities(context: ssl.SSLContext, authorities: str | os.PathLike[st
     except (ssl.SSLError, OSError) as error:
         raise UsageError(
             f"{os.fspath(authorities)} holds no certificates of authorities",
-            remedy="name a PEM file with the certificate of the authority that signed the peer's",
+            remedy="Name a PEM file with the certificate of the authority that signed the peer's.",
         ) from error
 
 

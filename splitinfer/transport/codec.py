@@ -47,7 +47,7 @@ class TensorCodec:
     ) -> None:
         if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
             raise UsageError(
-                f"no wire dtype {wire_dtype!r}", remedy=f"choose one of {', '.join(WIRE_DTYPES)}"
+                f"no wire dtype {wire_dtype!r}", remedy=f"Choose one of {', '.join(WIRE_DTYPES)}."
             )
         # What the caller knows beforehand is not measured again: an emulated link's own limit, say.
         self._rate_known = link_rate is not None

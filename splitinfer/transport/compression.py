@@ -198,7 +198,7 @@ class Compressor:
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         if mode not in ("off", "on", "auto"):
-            raise UsageError(f"compression cannot be {mode!r}", remedy="choose off, on or auto")
+            raise UsageError(f"compression cannot be {mode!r}", remedy="Choose off, on or auto.")
         self._mode: Mode = "off" if mode == "auto" and loopback else mode
         self.link_rate = link_rate
         self._clock = clock

@@ -23,30 +23,34 @@ _NOTSENT_NBYTES: Final = 256 * 1024
 _DARWIN_TCP_KEEPALIVE: Final = 0x10
 
 
-async def dial(address: Address) -> socket.socket:
-    """A connected, non-blocking socket. Raises ConnectError; the caller sets the time limit."""
+async def dial(address: Address, name: str = "") -> socket.socket:
+    """A connected, non-blocking socket. Raises ConnectError; the caller sets the time limit.
+
+    `name` is what errors call it, where that is not its address: the node behind an emulated link.
+    """
+    name = name or str(address)
     loop = asyncio.get_running_loop()
     if address.scheme == "memory":
         return memory.dial(address.name)
     if address.scheme == "unix":
-        return await _connect(loop, address, socket.AF_UNIX, address.name)
+        return await _connect(loop, name, socket.AF_UNIX, address.name)
     try:
         found = await loop.getaddrinfo(address.name, address.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ConnectError(
-            f"{address}: no such host ({error.strerror})", peer=str(address), remedy="Check the host's name."
+            f"{name}: no such host ({error.strerror})", peer=name, remedy="Check the host's name."
         ) from None
     failure: ConnectError | None = None
     for family, _, _, _, target in found:
         try:
-            return await _connect(loop, address, family, target)
+            return await _connect(loop, name, family, target)
         except ConnectError as error:
             failure = failure or error
-    raise failure or ConnectError(f"{address}: the name has no address", peer=str(address))
+    raise failure or ConnectError(f"{name}: the name has no address", peer=name)
 
 
 async def _connect(
-    loop: asyncio.AbstractEventLoop, address: Address, family: int, target: str | tuple[object, ...]
+    loop: asyncio.AbstractEventLoop, name: str, family: int, target: str | tuple[object, ...]
 ) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -56,8 +60,8 @@ async def _connect(
     except OSError as error:
         sock.close()
         raise ConnectError(
-            f"nobody answers at {address}: {_words(error)}",
-            peer=str(address),
+            f"nobody answers at {name}: {_words(error)}",
+            peer=name,
             remedy="Check that the node runs there: splitinfer node.",
         ) from None
     except BaseException:

@@ -159,7 +159,7 @@ class Handshake:
             raise AuthenticationError(
                 f"{self._peer} asks for a token",
                 peer=self._peer,
-                remedy="Give the file that the token is in.",
+                remedy="Give the file that the token is in, with --token-file.",
             )
         if self._authenticator is not None and not server.auth:
             raise AuthenticationError(

@@ -40,7 +40,9 @@ def parse_duration(text: str) -> float:
     match = _DURATION.fullmatch(text.strip())
     seconds = float(match[1]) * _SECONDS[match[2].lower()] if match else -1.0
     if not 0 <= seconds <= _MAX_DURATION:
-        raise UsageError(f"{text!r} is not a duration up to a minute", remedy="write it as 20ms, 0.2ms or 1s")
+        raise UsageError(
+            f"{text!r} is not a duration up to a minute", remedy="Write it as 20ms, 0.2ms or 1s."
+        )
     return seconds
 
 
@@ -49,7 +51,7 @@ def parse_bandwidth(text: str) -> float:
     match = _BANDWIDTH.fullmatch(text.strip())
     rate = float(match[1]) * _MULTIPLE[match[2].lower()] if match else 0.0
     if not 1e3 <= rate <= 1e12:
-        raise UsageError(f"{text!r} is not a bandwidth", remedy="write it as 100mbit, 1gbit or 56kbit")
+        raise UsageError(f"{text!r} is not a bandwidth", remedy="Write it as 100mbit, 1gbit or 56kbit.")
     return rate
 
 
@@ -77,7 +79,7 @@ class LinkSpec:
     def __post_init__(self) -> None:
         if self.jitter > self.rtt:
             raise UsageError(
-                "the jitter is larger than the round trip", remedy="make it smaller, or the rtt larger"
+                "the jitter is larger than the round trip", remedy="Make it smaller, or the rtt larger."
             )
 
     @classmethod
@@ -91,7 +93,7 @@ class LinkSpec:
             else:
                 durations.append(parse_duration(word))
         if not durations + rates or len(durations) > 2 or len(rates) > 1:
-            raise UsageError(f"{text!r} is not a link", remedy='write it as "20ms", or "20ms 2ms 100mbit"')
+            raise UsageError(f"{text!r} is not a link", remedy='Write it as "20ms", or "20ms 2ms 100mbit".')
         rtt, jitter = [*durations, 0.0, 0.0][:2]
         return cls(rtt, jitter, rates[0] if rates else 0.0)
 
@@ -122,7 +124,7 @@ class EmulatedLink:
     def __init__(self, spec: LinkSpec, address: str) -> None:
         target = Address.parse(address)
         if target.scheme == "memory":
-            raise UsageError(f"{address} has no link to emulate", remedy="listen on host:port or unix:/path")
+            raise UsageError(f"{address} has no link to emulate", remedy="Listen on host:port or unix:/path.")
         self.spec = spec
         self._plan = link_proxy.Plan(
             host=target.name,

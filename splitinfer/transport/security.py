@@ -121,7 +121,7 @@ def refuse_readable_by_others(file: Path) -> None:
     """Raise UsageError where a secret lies open to every user of this machine. A group may read it."""
     if os.name == "posix" and stat.S_IMODE(file.stat().st_mode) & stat.S_IRWXO:
         raise UsageError(
-            f"{file} is open to every user of this machine", remedy=f"close it with `chmod 600 {file}`"
+            f"{file} is open to every user of this machine", remedy=f"Close it with `chmod 600 {file}`."
         )
 
 
@@ -172,6 +172,6 @@ def check_exposure(address: str, *, token: object | None, tls: object | None, in
     if missing:
         raise UsageError(
             f"{address} can be reached from other machines, and there is no {' and no '.join(missing)}",
-            remedy="run `splitinfer cert` and give its files with --token-file, --tls-cert and --tls-key; "
-            "or listen on 127.0.0.1; or say --insecure on a network that you trust",
+            remedy="Run `splitinfer cert` and give its files with --token-file, --tls-cert and --tls-key; "
+            "or listen on 127.0.0.1; or say --insecure on a network that you trust.",
         )

@@ -204,7 +204,7 @@ class Session:
         cls, address: str, config: ClientConfig, loop: asyncio.AbstractEventLoop, via: str
     ) -> Self:
         target = Address.parse(address)
-        sock = await dial(Address.parse(via))
+        sock = await dial(Address.parse(via), address)
         tls = None
         try:
             if config.tls is not None:
@@ -311,8 +311,9 @@ class Session:
         if not self._opened.done():
             # Nothing was under way yet, so nothing was lost.
             lost = isinstance(error, ConnectionLost)
+            remedy = error.remedy or "Check that the node runs there: splitinfer node."
             self._opened.set_exception(
-                ConnectError(str(error), peer=error.peer, remedy=error.remedy) if lost else error
+                ConnectError(str(error), peer=error.peer, remedy=remedy) if lost else error
             )
         for call in self.connection.callers:
             call.fail(self._lost(error))

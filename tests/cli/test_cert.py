@@ -60,3 +60,13 @@ def test_a_bad_token_that_exists_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [("--days", "0"), ("--name",), ("--bits", "512")])
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+def test_its_help_keeps_lines_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples stand as they are to be typed, right under their heading."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    lines = [line.strip() for line in run("--help").output.splitlines()]
+    at = lines.index("Examples")
+    assert lines[at + 1].startswith("splitinfer cert ")
+    assert "splitinfer cert -o tls --name node1 --name 192.168.1.20" in lines

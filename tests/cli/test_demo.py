@@ -35,3 +35,19 @@ def test_the_demo(cli: Cli, talking: Path) -> None:
     assert "same tokens with the experts here: 12 of 12" in ran.out
     left = [p for p in psutil.process_iter(["cmdline"]) if str(talking) in (p.info["cmdline"] or [])]
     assert left == []
+
+
+def test_what_cannot_be_shown_is_refused_before_nodes_start(
+    cli: Cli, talking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(arguments: list[str]) -> None:
+        raise AssertionError("a node was started")
+
+    monkeypatch.setattr("splitinfer.cli.demo.node_process", never)
+    ran = cli("demo", str(talking), "--prompt", "hello", "--max-tokens", "600")
+    assert ran.code == 2
+    assert "600 new ones do not fit the context of 512" in ran.err
+    dense = write_checkpoint(talking.parent / "dense", tiny_config(enable_moe_block=False))
+    ran = cli("demo", str(dense))
+    assert ran.code == 2
+    assert "is a dense model" in ran.err

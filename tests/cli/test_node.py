@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from splitinfer.cli.node import announce
+from splitinfer.cli.node import announce, client_command
+from splitinfer.config import load_settings
+from splitinfer.transport.certificates import make_certificate
 from tests.cli.conftest import Cli, listening
 
 
@@ -33,13 +36,25 @@ def test_the_model_comes_from_the_environment(cli: Cli, tiny: Path, monkeypatch:
     assert "from/the line of mine does not exist" in cli("node", "from/the line of mine").err
 
 
+def test_the_command_for_a_client_is_whole(tmp_path: Path) -> None:
+    """A name that can be dialled, the model, and what this node asks of clients; it works as it stands."""
+    made = make_certificate(tmp_path / "tls")
+    given = {"model": "path/to/gemma", "host": "0.0.0.0", "token_file": "token"}
+    trust = {"tls_cert": str(made.certificate), "tls_key": str(made.key)}
+    settings = load_settings(given | trust, environ={}, directory=tmp_path)
+    assert client_command("0.0.0.0:7078", settings) == (
+        f'splitinfer generate "Once" --model path/to/gemma --nodes {platform.node()}:7078 '
+        f"--token-file token --tls-fingerprint {made.fingerprint}"
+    )
+
+
 def test_a_terminal_gets_a_panel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
     node: Any = SimpleNamespace(holding="experts 0-31 [all]", nbytes=5, address="127.0.0.1:7077")
-    announce(node)
+    announce(node, load_settings({}, environ={}, directory=Path("/nonexistent")))
     out, err = capsys.readouterr()
     assert "experts 0-31 [all], 5 B" in out
-    assert 'splitinfer generate "Once" --nodes 127.0.0.1:7077' in out
+    assert 'splitinfer generate "import os" --nodes 127.0.0.1:7077' in out
     assert "╭" in out
     assert err == ""

@@ -29,8 +29,20 @@ def test_nothing_given_is_a_bare_link() -> None:
 def test_the_emulated_link() -> None:
     config = client_config(settings(simulate_rtt="20ms", simulate_jitter="2ms", simulate_bandwidth="100mbit"))
     assert config.link == LinkSpec(rtt=0.02, jitter=0.002, bandwidth=100e6)
-    with pytest.raises(UsageError, match="'20' is not a duration"):
-        client_config(settings(simulate_rtt="20"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("rtt", "20", "'20' is not a duration"),
+        ("jitter", "soon", "'soon' is not a duration"),
+        ("jitter", "2ms", "the jitter is larger than the round trip"),
+        ("bandwidth", "100", "'100' is not a bandwidth"),
+    ],
+)
+def test_a_link_that_is_none_names_its_flag(name: str, value: str, says: str) -> None:
+    with pytest.raises(UsageError, match=f"^--simulate-{name}: {says}"):
+        client_config(settings(**{f"simulate_{name}": value}))
 
 
 def test_trust_of_a_client() -> None:

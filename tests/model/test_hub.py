@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from splitinfer.errors import CheckpointError
-from splitinfer.model.hub import resolve_model
+from splitinfer.errors import CheckpointError, UsageError
+from splitinfer.model.hub import check_model, resolve_model
 
 
 def forbidden(*args: Any, **kwargs: Any) -> str:
@@ -64,3 +64,9 @@ def test_without_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception, what
     with pytest.raises(CheckpointError, match=f"owner/name: no such directory here, and .*{what}") as caught:
         resolve_model("owner/name")
     assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("model", [None, 3, "", " ", b"model"])
+def test_what_cannot_name_a_model(model: object) -> None:
+    with pytest.raises(UsageError, match="neither a path nor a hub id"):
+        check_model(model)

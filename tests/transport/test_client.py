@@ -26,6 +26,7 @@ from splitinfer.errors import (
 )
 from splitinfer.transport import ClientConfig, Reply
 from splitinfer.transport.frames import ERROR, HELLO, pack_frame, pack_map
+from splitinfer.transport.link import EmulatedLink, LinkSpec
 from splitinfer.transport.protocol import Connection
 
 
@@ -367,3 +368,22 @@ def test_one_channel_from_many_tasks() -> None:
             await server.close()
 
     run(work())
+
+
+def test_errors_name_the_node_and_not_the_emulated_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether nobody is behind the emulator, or the emulator itself is gone."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gone = f"127.0.0.1:{listener.getsockname()[1]}"
+    config = ClientConfig(link=LinkSpec(rtt=0.001), connect_timeout=5)
+
+    async def refused() -> None:
+        with pytest.raises(ConnectError, match=gone) as caught:
+            await transport.connect(gone, config=config)
+        assert caught.value.peer == gone
+        assert "splitinfer node" in caught.value.remedy
+
+    run(refused())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        other = f"127.0.0.1:{listener.getsockname()[1]}"
+    monkeypatch.setattr(EmulatedLink, "address", property(lambda self: other))
+    run(refused())

@@ -178,7 +178,7 @@ def kernels() -> Kernels | None:
     wanted = os.environ.get(VARIABLE, "").strip() or "auto"
     if wanted not in ("auto", "torch"):
         raise ConfigError(
-            f"environment variable {VARIABLE} must be auto or torch, not {wanted!r}", remedy="correct it"
+            f"environment variable {VARIABLE} must be auto or torch, not {wanted!r}", remedy="Correct it."
         )
     if wanted == "torch":
         return None
