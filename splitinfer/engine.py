@@ -17,7 +17,7 @@ from splitinfer.batching import Batcher
 from splitinfer.dispatch import NodeInfo, RemoteExperts
 from splitinfer.draft_depth import Depth, check_depth
 from splitinfer.drafting import Count, Decoder, choose_drafter
-from splitinfer.engine_config import EngineConfig, known_options
+from splitinfer.engine_config import EngineConfig, addresses_of, known_options
 from splitinfer.errors import UsageError
 from splitinfer.generation import Completion, Piece, StopReason, StopStrings, Timings, Usage
 from splitinfer.mixed import MixedExperts, local_layers
@@ -65,14 +65,9 @@ class AsyncEngine:
         config: EngineConfig | None = None,
         **settings: Any,
     ) -> None:
-        if isinstance(nodes, str):
-            raise UsageError("nodes takes a list of addresses", remedy=f"Write nodes=[{nodes!r}].")
-        for node in nodes or ():
-            if not isinstance(node, str):
-                raise UsageError(f"nodes has {node!r}, no address", remedy='Write nodes=["host:7077"].')
         check_model(model)
         self._model_name = model
-        self._addresses = tuple(nodes or ())
+        self._addresses = addresses_of(nodes)
         if config is not None and settings:
             raise UsageError(
                 f"settings are given twice: config and {', '.join(settings)}",

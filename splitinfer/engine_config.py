@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
@@ -15,7 +16,7 @@ from splitinfer.fixed_point import check_parts
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.quantize import QuantConfig
 
-__all__ = ["EngineConfig", "known_options"]
+__all__ = ["EngineConfig", "addresses_of", "known_options"]
 
 DEFAULT_CONTEXT = 8192  # tokens; a checkpoint may promise 262,144, whose cache few machines hold
 
@@ -138,6 +139,17 @@ class EngineConfig:
                 remedy=f"This model takes 1 to {limit}.",
             )
         return self.context
+
+
+def addresses_of(nodes: Sequence[str] | None) -> tuple[str, ...]:
+    """The addresses that `nodes` lists. Raises UsageError for what is no list of texts."""
+    if isinstance(nodes, str):
+        raise UsageError("nodes takes a list of addresses", remedy=f"Write nodes=[{nodes!r}].")
+    if not isinstance(nodes, Sequence | None) or not all(isinstance(node, str) for node in nodes or ()):
+        raise UsageError(
+            f"nodes is {nodes!r}, no list of addresses", remedy='Write it like nodes=["host:7077"].'
+        )
+    return tuple(nodes or ())
 
 
 def known_options(kind: type, options: dict[str, Any]) -> dict[str, Any]:

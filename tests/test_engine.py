@@ -240,7 +240,7 @@ def test_an_open_engine_is_not_opened_again(without_text: Path) -> None:
 
 
 def test_arguments_of_the_wrong_kind_are_named(without_text: Path) -> None:
-    with pytest.raises(UsageError, match="nodes has 5") as caught:
+    with pytest.raises(UsageError, match=r"nodes is \[5\]") as caught:
         splitinfer.load(without_text, nodes=[5])  # type: ignore[list-item]
     assert "host:7077" in caught.value.remedy
     with pytest.raises(UsageError, match="model is None"):

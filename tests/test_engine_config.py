@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from splitinfer.engine_config import EngineConfig
+from splitinfer.engine_config import EngineConfig, addresses_of
 from splitinfer.errors import UsageError
 
 
@@ -43,3 +43,14 @@ def test_a_drafter_that_is_none(draft: Any) -> None:
     with pytest.raises(UsageError, match="draft=") as caught:
         EngineConfig(draft=draft)
     assert 'draft="off"' in caught.value.remedy
+
+
+@pytest.mark.parametrize("nodes", [5, [5], ["a:1", None], {"a:1": 2}])
+def test_nodes_that_are_none(nodes: Any) -> None:
+    with pytest.raises(UsageError, match="nodes is"):
+        addresses_of(nodes)
+
+
+def test_a_list_of_nodes() -> None:
+    assert addresses_of(None) == addresses_of([]) == ()
+    assert addresses_of(["a:1", "b:2"]) == addresses_of(("a:1", "b:2")) == ("a:1", "b:2")
