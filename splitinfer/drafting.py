@@ -15,8 +15,9 @@ token is their first. Where that fails they are given up, and their rows leave t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -32,19 +33,38 @@ from splitinfer.model.cache import KVCache
 from splitinfer.model.drafter import Context, Drafter, PromptLookup, open_drafter
 from splitinfer.model.front import Front
 from splitinfer.model.gemma import Gemma, Segment
+from splitinfer.model.native import row_invariant
 from splitinfer.model.sampling import Sampler
 from splitinfer.timing import Timeline
 
 __all__ = ["Count", "Decoder", "choose_drafter"]
 
+log = logging.getLogger(__name__)
 
-def choose_drafter(setting: str, target: Gemma, model: Path) -> Callable[[], Drafter] | None:
+
+def choose_drafter(
+    setting: str, target: Gemma, model: Path, nodes: Mapping[str, str] | None = None
+) -> Callable[[], Drafter] | None:
     """What `--draft` names: "off", "lookup", a checkpoint's directory, or "auto".
 
     "auto" takes the drafter that comes with the model (a folder "assistant" in the model's own, or "drafter"
     beside "target") and prompt lookup where there is none. Raises as `open_drafter` does.
+
+    Drafts give the tokens of plain decoding where a row's bits do not depend on the rows beside it. Where
+    they do, here or on one of `nodes` (arithmetic by address), "auto" leaves drafts off, and others are
+    warned of.
     """
     if setting == "off":
+        return None
+    uneven = [] if target.row_invariant else ["this machine"]
+    uneven += [f"node {address}" for address, how in (nodes or {}).items() if not row_invariant(how)]
+    if uneven:
+        log.warning(
+            "%s: on %s a row's last bits depend on the rows beside it, so a near tie could fall otherwise",
+            "drafts are off" if setting == "auto" else "drafts may change tokens",
+            ", ".join(uneven),
+        )
+    if uneven and setting == "auto":
         return None
     if setting == "lookup":
         return PromptLookup

@@ -24,7 +24,7 @@ from splitinfer.mixed import MixedExperts, local_layers
 from splitinfer.model.cache import KVCache
 from splitinfer.model.compute import compute, use_threads
 from splitinfer.model.config import ModelConfig
-from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
+from splitinfer.model.experts import Experts, LocalExperts
 from splitinfer.model.gemma import Gemma
 from splitinfer.model.hub import check_model, resolve_model
 from splitinfer.model.native import arithmetic
@@ -140,31 +140,26 @@ class AsyncEngine:
 
     def _keep(self) -> tuple[LocalExperts | None, tuple[int, ...]]:
         """The experts that stay on this machine, and their layers; all of them where there are no nodes."""
-        settings, dtype = self.settings, self.settings.torch_dtype()
-        format = settings.quant_config().experts
-        if self._addresses:
-            return local_layers(
-                self.checkpoint, settings.local_layers, settings.local_memory, dtype, format, settings.exact
-            )
-        if settings.local_layers is not None or settings.local_memory is not None:
-            raise UsageError(
-                "--local-layers and --local-memory say what stays here beside nodes, and there are none",
-                remedy="Leave them out, or name nodes with --nodes.",
-            )
-        layers = tuple(range(self.config.num_hidden_layers if self.config.enable_moe_block else 0))
-        held = dict.fromkeys(layers, range(self.config.num_experts))
-        bank = ExpertBank(self.checkpoint, held, dtype=dtype, format=format)
-        return LocalExperts(bank, exact=settings.exact), layers
+        settings, ranges, memory = self.settings, self.settings.local_layers, self.settings.local_memory
+        if not self._addresses:
+            if ranges is not None or memory is not None:
+                raise UsageError(
+                    "--local-layers and --local-memory say what stays here beside nodes, and there are none",
+                    remedy="Leave them out, or name nodes with --nodes.",
+                )
+            ranges = f"0-{self.config.num_hidden_layers - 1}"
+        how = (settings.torch_dtype(), settings.quant_config().experts, settings.exact)
+        return local_layers(self.checkpoint, ranges, memory, *how)
 
     def _load(self, local: LocalExperts | None, kept: tuple[int, ...], device: str) -> Gemma:
         experts: Experts | None = local or self._experts
         if local is not None and self._experts is not None:
             experts = MixedExperts(local, kept, self._experts)
-        dtype = self.settings.torch_dtype()
-        quant = self.settings.quant_config()
+        dtype, quant = self.settings.torch_dtype(), self.settings.quant_config()
         gemma = Gemma.load(self.checkpoint, experts, device=device, dtype=dtype, quant=quant)
         self._batcher = Batcher(gemma, self._spans)
-        self._new_drafter = choose_drafter(self.settings.draft, gemma, self.checkpoint.path)
+        nodes = {node.address: node.holding.arithmetic for node in self.nodes}
+        self._new_drafter = choose_drafter(self.settings.draft, gemma, self.checkpoint.path, nodes)
         return gemma
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -256,3 +257,50 @@ def _rows(token: int, cache: Any) -> list[Any]:
     from splitinfer.model.gemma import Segment
 
     return [Segment(torch.tensor([token]), cache)]
+
+
+@pytest.mark.parametrize("where", ["this machine", "node"])
+@pytest.mark.parametrize("draft", ["auto", "lookup"])
+def test_drafts_where_rows_are_not_invariant(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+    draft: str,
+) -> None:
+    """Off by themselves, and said once; on by request, with a warning."""
+    from splitinfer import node
+    from splitinfer.model.gemma import Gemma
+
+    if where == "this machine":
+        monkeypatch.setattr(Gemma, "row_invariant", False)
+    else:
+        monkeypatch.setattr(node, "arithmetic", lambda: "torch 2.13.0 AVX2")
+
+    async def run() -> Completion:
+        async with (
+            running(checkpoint, [(None, None)]) as nodes,
+            AsyncEngine(checkpoint, addresses(nodes), draft=draft, draft_depth=3) as engine,
+        ):
+            await reply(engine)
+            return await reply(engine)
+
+    with caplog.at_level(logging.WARNING, "splitinfer"):
+        drafted = asyncio.run(run()).usage.drafted_tokens
+    (said,) = caplog.messages
+    assert where in said
+    assert said.startswith("drafts are off" if draft == "auto" else "drafts may change tokens")
+    assert (drafted == 0) == (draft == "auto")
+
+
+@pytest.mark.skipif(kernels() is None, reason="here rows are not invariant")
+def test_where_rows_are_invariant_nothing_is_said(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with (
+            running(checkpoint, [(None, None)]) as nodes,
+            AsyncEngine(checkpoint, addresses(nodes)) as engine,
+        ):
+            assert engine._new_drafter is not None
+
+    asyncio.run(run())
+    assert not caplog.messages

@@ -92,6 +92,11 @@ class Gemma:
             return cls(checkpoint, experts, torch.device(device), dtype, quant or QuantConfig())
 
     @property
+    def row_invariant(self) -> bool:
+        """Whether a row's bits do not depend on the rows beside it: with the kernels, on the CPU."""
+        return not self._masks
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the matrices that every token's pass and logits read: all but experts and embeddings."""
         linears = [self._head]

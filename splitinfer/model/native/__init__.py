@@ -38,6 +38,7 @@ __all__ = [
     "is_bfloat16",
     "kernels",
     "no_memory",
+    "row_invariant",
 ]
 
 log = logging.getLogger(__name__)
@@ -200,6 +201,12 @@ def arithmetic() -> str:
     if built is None:
         return f"{TORCH} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
     return f"c {_source_digest().hexdigest()[:8]} {built.vectors}"
+
+
+def row_invariant(arithmetic: str) -> bool:
+    """Whether a machine that rounds so gives a row the same bits whatever rows are beside it. PyTorch's
+    products do not; a machine that does not say is not trusted to."""
+    return bool(arithmetic) and not arithmetic.startswith(TORCH)
 
 
 def _source_digest() -> hashlib.blake2b:
