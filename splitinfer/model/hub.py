@@ -20,8 +20,8 @@ def check_model(model: object) -> None:
     if not isinstance(model, str | Path) or not str(model).strip():
         raise UsageError(
             f"model is {model!r}, neither a path nor a hub id",
-            remedy="Name a model directory, a GGUF file or a Hugging Face id; splitinfer.demo.path() is the "
-            "built-in model.",
+            remedy="Name a model directory, a GGUF file or a Hugging Face id; splitinfer.demo has the "
+            "path() of the built-in one.",
         )
 
 

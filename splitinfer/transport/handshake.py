@@ -175,8 +175,10 @@ class Handshake:
         if self._authenticator is None:
             return
         if type(proof) is not bytes or not self._authenticator.verify(role, self._transcript, proof):
+            # A client reads what its server says of it: its own port would tell it nothing.
+            who = "this client" if role == "client" else self._peer
             raise AuthenticationError(
-                f"{self._peer} does not know the token",
+                f"{who} does not know the token",
                 peer=self._peer,
                 remedy="Use one token on both sides.",
             )

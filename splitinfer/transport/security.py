@@ -45,7 +45,7 @@ PROOF_NBYTES: Final = 32
 MIN_TOKEN_NBYTES: Final = 16
 _MAX_TOKEN_NBYTES: Final = 4096
 _CONTEXT: Final = b"splitinfer token proof 1\0"
-_MAKE_ONE: Final = "make one with `splitinfer cert`, or `openssl rand -hex 32 > token; chmod 600 token`"
+_MAKE_ONE: Final = "Make one with `splitinfer cert`, or `openssl rand -hex 32 > token; chmod 600 token`."
 
 
 class Token:

@@ -87,7 +87,7 @@ def test_the_right_token_and_certificate(made: Certificate, other: Certificate) 
 @pytest.mark.parametrize(
     ("server", "client", "message"),
     [
-        (OURS, OTHER, "does not know the token"),
+        (OURS, OTHER, "this client does not know the token"),
         (OURS, None, "asks for a token"),
         (None, OURS, "asks for no token"),
     ],
