@@ -290,7 +290,7 @@ class _Peer:
         for running in self.running.values():
             running.task.cancel()
         if isinstance(error, AuthenticationError):
-            log.warning("refused: %s", error)
+            log.warning("refused %s: %s", error.peer or "a client", error)
         elif not isinstance(error, ConnectionLost):
             log.info("dropped: %s", error)
 

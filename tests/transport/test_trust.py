@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 from collections.abc import Coroutine
 from pathlib import Path
@@ -94,7 +95,12 @@ def test_the_right_token_and_certificate(made: Certificate, other: Certificate) 
 )
 @pytest.mark.parametrize("with_tls", [False, True])
 def test_wrong_tokens(
-    server: Token | None, client: Token | None, message: str, with_tls: bool, made: Certificate
+    server: Token | None,
+    client: Token | None,
+    message: str,
+    with_tls: bool,
+    made: Certificate,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(AuthenticationError, match=message) as refusal:
         run(
@@ -104,6 +110,8 @@ def test_wrong_tokens(
             )
         )
     assert refusal.value.remedy
+    if client is OTHER:  # whoever runs the server reads which machine it was
+        assert re.search(r"refused 127\.0\.0\.1:\d+: this client does not know", caplog.text)
 
 
 def test_several_nodes_with_certificates_of_their_own(made: Certificate, other: Certificate) -> None:
