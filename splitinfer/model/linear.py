@@ -40,8 +40,8 @@ class Linear:
         self._kernels: Kernels | None = kernels() if self._device.type == "cpu" else None
         self.matrices = (Matrix * len(parts))(*map(matrix_of, parts))
         self._fallback: list[_TorchLinear] = []
-        # The kernels prepare rows once for all matrices, and int4 wants them otherwise.
-        mixed = len({part.format == "int4" for part in parts}) > 1
+        # The kernels prepare rows once for all matrices, and int8 and int4 want them otherwise.
+        mixed = len({part.format if part.format.startswith("int") else "" for part in parts}) > 1
         self._apart = [Linear(part, device=device) for part in parts] if mixed else []
 
     @property

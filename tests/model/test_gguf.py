@@ -55,14 +55,16 @@ def as_safetensors(model: Checkpoint, path: Path, kind: Type) -> Checkpoint:
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q8_0])
 def test_logits_equal_the_safetensors_path(model: Checkpoint, tmp_path: Path, kind: Type) -> None:
-    """No second rounding: the reference computes in float32 with what the file's numbers mean."""
+    """The reference computes in float32 with what the file's numbers mean; the kernels hold activations that
+    meet quantised weights in 16 bits."""
     if kind == Type.Q4_0 and kernels() is None:
         pytest.skip("PyTorch's int4 product rounds scales and activations to bfloat16")
     found = Checkpoint.open(write_gguf(model, tmp_path / "m.gguf", kind))
     assert isinstance(found, GgufCheckpoint)
     assert found.config.attention == model.config.attention
+    tolerance = 2e-3 if kind in (Type.Q4_0, Type.Q8_0) else 1e-4
     torch.testing.assert_close(
-        logits(found), logits(as_safetensors(model, tmp_path / "st", kind)), atol=1e-4, rtol=0
+        logits(found), logits(as_safetensors(model, tmp_path / "st", kind)), atol=tolerance, rtol=0
     )
 
 

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "SPLITINFER_KERNELS"
 TORCH = "torch"  # what `arithmetic` begins with where there are no kernels
-SOURCES = ("products.c", "experts.c", "exact.c", "attention.c", "rows.c")
+SOURCES = ("products.c", "floats.c", "integers.c", "experts.c", "exact.c", "attention.c", "rows.c")
 HEADERS = ("vectors.h", "products.h", "widen.h")
 # No contraction: the only fused operations are the written ones, so that every tile rounds alike.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")

@@ -125,7 +125,7 @@ static void attend_tile(const Call *c, Tile *t, float *memory) {
     const int64_t pairs = t->rows * t->heads, stride = padded(c->size);
     place(c, t);
     const int64_t width = units_of(t->to - t->from) * UNIT + VL;
-    float *queries = memory, *out = queries + TILE * (stride + stride / 32), *scores = out + TILE * stride;
+    float *queries = memory, *out = queries + TILE * (stride + stride / 16), *scores = out + TILE * stride;
     float sums[TILE];
     score(c, t, pairs, queries, scores, width);
     for (int64_t i = 0; i < pairs; i++)
@@ -159,7 +159,7 @@ int splitinfer_attend(const void *queries, const void *keys, const void *values,
     const int64_t group = heads / kv_heads, part = group > TILE ? 4 : group; /* heads of a tile */
     const int64_t parts = (group + part - 1) / part, height = part < TILE ? TILE / part : 1;
     const int64_t tiles = (rows + height - 1) / height, stride = padded(size);
-    const int64_t floats = TILE * (2 * stride + stride / 32 + units_of(seen) * UNIT + 2 * UNIT);
+    const int64_t floats = TILE * (2 * stride + stride / 16 + units_of(seen) * UNIT + 2 * UNIT);
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (rows * heads * size * seen > PARALLEL_FROM)
     {

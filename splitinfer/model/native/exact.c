@@ -22,7 +22,7 @@ INLINE uint64_t bits_of_shift(void) {
 }
 
 INLINE hu larger_bits(hu a, hu b) {
-#if defined(__AVX512F__)
+#if VL == 16
     return (hu)_mm256_max_epu32((__m256i)a, (__m256i)b);
 #elif defined(__AVX2__)
     return (hu)_mm_max_epu32((__m128i)a, (__m128i)b);
@@ -50,20 +50,16 @@ INLINE int out_of_range(hu largest) {
     return wrong;
 }
 
-/* R rows against one group of a block of 16 channels, already widened to `f`; a channel has a part of its own. */
-INLINE void int4_group_fixed(const int R, const vf *f, const uint16_t *scales, int64_t halves, Rows rows,
+/* R rows against one group of a block of 16 channels; a channel has a part of its own. */
+INLINE void int4_group_fixed(const int R, const uint32_t *w, const uint16_t *scales, int64_t halves, Rows rows,
                              int64_t first, int64_t g, hq *total, hu *largest) {
-    const float *x = rows.x + first * rows.stride + g * 32;
-    vf acc[4][NV];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) acc[r][v] = (vf){};
-    for (int k = 0; k < 32; k++)
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
-            acc[r][v] = fused(f[k * NV + v], all(x[r * rows.stride + k]), acc[r][v]);
+    const int16_t *x[4];
+    for (int r = 0; r < R; r++) x[r] = fixed_row(rows, first + r) + g * 32;
+    vi acc[4][NV];
+    int4_group(R, w, x, acc);
     for (int r = 0; r < R; r++) for (int v = 0; v < NV; v++) {
-        float sum = rows.sums[(first + r) * rows.groups + g];
-        vf factor = load_float16(scales + v * VL), part;
-        if (halves == 16) part = factor * (acc[r][v] + all(-8.0f * sum));
-        else part = fused(load_float16(scales + 16 + v * VL), all(sum), factor * acc[r][v]);
+        const float *terms = rows.terms + ((first + r) * rows.groups + g) * 2;
+        vf part = int4_scaled(scales, halves, v, acc[r][v], terms[1]) * all(terms[0]);
         add_part(total + (r * NV + v) * 2, low_half(part), largest);
         add_part(total + (r * NV + v) * 2 + 1, high_half(part), largest);
     }
@@ -75,53 +71,74 @@ static void int4_block_fixed(const Matrix *m, Rows rows, int64_t count, int64_t 
     const int64_t halves = scale_halves(m);
     const uint16_t *s = m->scales + block * rows.groups * halves;
     hq total[CHUNK * NV * 2];
-    vf f[32 * NV];
     memset(total, 0, (size_t)count * NV * 2 * sizeof *total);
-    for (int64_t g = 0; g < rows.groups; g++, s += halves) {
-        for (int d = 0; d < 4; d++) for (int v = 0; v < NV; v++) {
-            vu word = (vu)*(const vu_any *)(w + (g * 4 + d) * 16 + v * VL);
-            UNROLL for (int j = 0; j < 8; j++) f[(d * 8 + j) * NV + v] = nibbles(word, j);
-        }
+    for (int64_t g = 0; g < rows.groups; g++, s += halves, w += 64) {
         int64_t r = 0;
-        for (; r + 4 <= count; r += 4) int4_group_fixed(4, f, s, halves, rows, r, g, total + r * NV * 2, largest);
-        for (; r < count; r++) int4_group_fixed(1, f, s, halves, rows, r, g, total + r * NV * 2, largest);
+        for (; r + 4 <= count; r += 4) int4_group_fixed(4, w, s, halves, rows, r, g, total + r * NV * 2, largest);
+        for (; r < count; r++) int4_group_fixed(1, w, s, halves, rows, r, g, total + r * NV * 2, largest);
     }
     const uint64_t shifts = (uint64_t)rows.groups * bits_of_shift();
     for (int64_t r = 0; r < count; r++)
         for (int c = 0; c < 16; c++) sums[r][to + c] += total[r * NV * 2 + c / HALF][c % HALF] - shifts;
 }
 
-/* R rows, C channels from channel n on; a lane of half a vector is a part of its own. */
-INLINE void dot_fixed(const int format, const int R, const int C, const Matrix *m, Rows rows, int64_t first, int64_t n,
-                      uint64_t *const *sums, int64_t to, hu *largest) {
-    const int64_t k = m->k, scales = format == INT8 ? k / m->group : 1;
+/* One group of 32 columns, at column `from`, of R rows and C channels: a lane of half a vector is a part. */
+INLINE void dot_group_fixed(const int format, const int R, const int C, const Matrix *m, Rows rows, int64_t first,
+                            int64_t n, int64_t from, hf (*part)[4]) {
+    const int64_t k = m->k, end = smaller(k, from + COLUMNS);
     const float *x = rows.x + first * rows.stride;
-    hq total[4][4];
-    memset(total, 0, sizeof total);
-    for (int64_t from = 0; from < k; from += COLUMNS) {
-        const int64_t end = smaller(k, from + COLUMNS);
-        vf acc[4][4];
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) acc[r][c] = (vf){};
-        int64_t i = from;
-        for (; i + VL <= end; i += VL)
-            UNROLL for (int c = 0; c < C; c++) {
-                vf f = widened(format, m->weight, (n + c) * k + i);
-                UNROLL for (int r = 0; r < R; r++) acc[r][c] = fused(f, load(x + r * rows.stride + i), acc[r][c]);
-            }
-        if (i < end) /* the rows are padded with zeros */
-            for (int c = 0; c < C; c++) {
-                vf f = widened_end(format, m->weight, (n + c) * k + i, end - i);
-                for (int r = 0; r < R; r++) acc[r][c] = fused(f, load(x + r * rows.stride + i), acc[r][c]);
-            }
+    vf acc[4][4];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) acc[r][c] = (vf){};
+    int64_t i = from;
+    for (; i + VL <= end; i += VL)
         UNROLL for (int c = 0; c < C; c++) {
-            float scale = format == INT8 ? one_float16(m->scales[(n + c) * scales + from / m->group]) : 1.0f;
-            UNROLL for (int r = 0; r < R; r++) {
-                hf part = low_half(acc[r][c]) + high_half(acc[r][c]);
-                add_part(&total[r][c], format == INT8 ? part * scale : part, largest);
-            }
+            vf f = widened(format, m->weight, (n + c) * k + i);
+            UNROLL for (int r = 0; r < R; r++) acc[r][c] = fused(f, load(x + r * rows.stride + i), acc[r][c]);
+        }
+    if (i < end) /* the rows are padded with zeros */
+        for (int c = 0; c < C; c++) {
+            vf f = widened_end(format, m->weight, (n + c) * k + i, end - i);
+            for (int r = 0; r < R; r++) acc[r][c] = fused(f, load(x + r * rows.stride + i), acc[r][c]);
+        }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)
+        part[r][c] = low_half(acc[r][c]) + high_half(acc[r][c]);
+}
+
+/* The same of int8. */
+INLINE void int8_group_fixed(const int R, const int C, const Matrix *m, Rows rows, int64_t first, int64_t n,
+                             int64_t from, hf (*part)[4]) {
+    const int64_t k = m->k, scales = k / m->group;
+    UNROLL for (int c = 0; c < C; c++) {
+        const int8_t *w = (const int8_t *)m->weight + (n + c) * k + from;
+        int8_t end[COLUMNS];
+        if (from + COLUMNS > k) {
+            memset(end, 0, sizeof end);
+            w = memcpy(end, w, (size_t)(k - from));
+        }
+        float scale = one_float16(m->scales[(n + c) * scales + from / m->group]);
+        UNROLL for (int r = 0; r < R; r++) {
+            vi acc = (vi){};
+            UNROLL for (int v = 0; v < NV; v++)
+                acc = dot_pairs(acc, load_int8(w + v * 2 * VL), load_pairs(fixed_row(rows, first + r) + from + v * 2 * VL));
+            vf sum = from_integers(acc) * all(scale * rows.terms[((first + r) * rows.groups + from / COLUMNS) * 2]);
+            part[r][c] = low_half(sum) + high_half(sum);
         }
     }
-    const uint64_t shifts = (uint64_t)((k + COLUMNS - 1) / COLUMNS) * HALF * bits_of_shift();
+}
+
+/* R rows, C channels from channel n on. */
+INLINE void dot_fixed(const int format, const int R, const int C, const Matrix *m, Rows rows, int64_t first, int64_t n,
+                      uint64_t *const *sums, int64_t to, hu *largest) {
+    hq total[4][4];
+    memset(total, 0, sizeof total);
+    for (int64_t from = 0; from < m->k; from += COLUMNS) {
+        hf part[4][4];
+        if (format == INT8) int8_group_fixed(R, C, m, rows, first, n, from, part);
+        else dot_group_fixed(format, R, C, m, rows, first, n, from, part);
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++)
+            add_part(&total[r][c], part[r][c], largest);
+    }
+    const uint64_t shifts = (uint64_t)((m->k + COLUMNS - 1) / COLUMNS) * HALF * bits_of_shift();
     for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) {
         uint64_t sum = 0;
         for (int lane = 0; lane < HALF; lane++) sum += total[r][c][lane];
@@ -160,7 +177,7 @@ int unit_fixed(const Matrix *m, Rows rows, int64_t count, int64_t unit, uint64_t
 
 /* The vectors that these files were compiled for: the same source and the same vectors round alike. */
 const char *splitinfer_vectors(void) {
-#if defined(__AVX512F__)
+#if VL == 16
     return "avx512";
 #elif defined(__AVX2__) && defined(__FMA__)
     return "avx2";

@@ -99,10 +99,7 @@ static void down_and_sum(const Plan *p, const Matrix *matrices, int64_t n, int64
         const int32_t e = p->used[u];
         for (int64_t first = p->begin[e]; first < p->begin[e + 1]; first += CHUNK) {
             int64_t count = smaller(CHUNK, p->begin[e + 1] - first);
-            Rows hidden = p->hidden;
-            hidden.x += first * hidden.stride;
-            hidden.sums += first * hidden.groups;
-            unit_product(matrices + e, hidden, 0, count, unit, part);
+            unit_product(matrices + e, rows_from(p->hidden, first), 0, count, unit, part);
             for (int64_t i = 0; i < count; i++) {
                 float *sum = total + p->row[first + i] * UNIT;
                 vf weight = all(weights[p->order[first + i]]);
@@ -125,12 +122,9 @@ static int down_and_sum_fixed(const Plan *p, const Matrix *matrices, int64_t n, 
         const int32_t e = p->used[u];
         for (int64_t first = p->begin[e]; first < p->begin[e + 1]; first += CHUNK) {
             int64_t count = smaller(CHUNK, p->begin[e + 1] - first);
-            Rows hidden = p->hidden;
-            hidden.x += first * hidden.stride;
-            hidden.sums += first * hidden.groups;
             uint64_t *sums[CHUNK];
             for (int64_t i = 0; i < count; i++) sums[i] = total + p->row[first + i] * UNIT;
-            wrong |= unit_fixed(matrices + e, hidden, count, unit, sums);
+            wrong |= unit_fixed(matrices + e, rows_from(p->hidden, first), count, unit, sums);
         }
     }
     for (int64_t r = 0; r < rows; r++) memcpy(out + r * n + unit * UNIT, total + r * UNIT, (size_t)channels * 8);

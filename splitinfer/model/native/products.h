@@ -6,7 +6,8 @@
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
 
-/* [n, k]. FLOAT32, BFLOAT16 and INT8 are row-major. INT8 has float16 scales [n, k / group].
+/* [n, k]. FLOAT32, BFLOAT16 and INT8 are row-major. INT8 has float16 scales [n, k / group],
+   `group` being k or a multiple of 32.
    INT4 is [ceil(n / 16), kp / 8, 16] words, kp = k padded to 32: a word holds 8 columns of one channel,
    the first in its low bits. Its float16 scales are [ceil(n / 16), kp / 32, 2, 16]: factor and offset of
    16 channels, weight = factor * nibble + offset; with a `group` [ceil(n / 16), kp / 32, 16], the factors only:
@@ -18,10 +19,12 @@ typedef struct {
     const uint16_t *scales;
 } Matrix;
 
-/* Rows as the product wants them: float32, padded with zeros to `stride`. For INT4 they are scaled as
-   `prepare_row` says, and `sums` holds the sum of every 32 columns before that. */
+/* Rows as the product wants them, padded with zeros to `stride`. For FLOAT32 and BFLOAT16 they are float32. For
+   INT8 and INT4 every 32 columns are 16-bit fixed point, 32 of them in a row's `x`: column = factor * integer with
+   |integer| <= 32767; `terms` holds the factor and the sum of the integers. INT4 wants every 8 columns in the
+   order 0 4 1 5 2 6 3 7. */
 typedef struct {
-    float *x, *sums;
+    float *x, *terms;
     int64_t stride, groups;
 } Rows;
 
@@ -53,11 +56,20 @@ INLINE void write_row(const float *from, int64_t n, void *out, int bfloat16, int
         memcpy((float *)out + to, from, (size_t)n * 4);
 }
 
-/* Floats that `Rows` of this matrix need: x, then sums. */
+/* Floats that so many `Rows` of this matrix need: x, then terms. */
 int64_t rows_floats(const Matrix *m, int64_t rows);
 Rows rows_at(const Matrix *m, int64_t rows, float *memory);
 
-/* Turns row `row` of `rows`, already copied as float32 [k] and padded, into the matrix's own form. */
+/* The rows from `first` on. */
+INLINE Rows rows_from(Rows rows, int64_t first) {
+    rows.x += first * rows.stride;
+    rows.terms += first * rows.groups * 2;
+    return rows;
+}
+INLINE const int16_t *fixed_row(Rows rows, int64_t row) { return (const int16_t *)(rows.x + row * rows.stride); }
+
+/* Turns row `row` of `rows`, already copied as float32 [k] and padded, into the matrix's own form. A number that
+   is not finite makes NaN of all that its row meets. */
 void prepare_row(const Matrix *m, Rows rows, int64_t row);
 
 /* Channels of one unit for `count` <= CHUNK rows, chosen by `which` (NULL: 0, 1, ...), into
@@ -67,6 +79,11 @@ void unit_product(const Matrix *m, Rows rows, const int32_t *which, int64_t coun
 /* Adds the product of row i with this unit of channels to sums[i] [UNIT], in fixed point (exact.c), for `count` <=
    CHUNK rows. Returns whether a part was NaN or out of range. */
 int unit_fixed(const Matrix *m, Rows rows, int64_t count, int64_t unit, uint64_t *const *sums);
+
+/* The same by format; `which` is given. */
+void float_unit(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out);
+void int8_unit(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out);
+void int4_unit(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out);
 
 /* Every piece of the product of prepared rows with `count` matrices, their outputs side by side in
    out [rows, sum of n]; shared by the team of threads that calls it. */

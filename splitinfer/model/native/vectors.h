@@ -1,15 +1,15 @@
 /* Vectors of floats on whatever the compiler targets, and the loads that widen stored weights to them.
 
-   Every sum in these files is one chain of fused multiply-adds in a fixed order, so a row's result depends
-   neither on the rows beside it nor on the number of threads. Compile with -ffp-contract=off: the only fused
-   operations are those written as such. */
+   Every sum in these files is exact, or one chain of fused multiply-adds in a fixed order, so a row's result
+   depends neither on the rows beside it nor on the number of threads. Compile with -ffp-contract=off: the only
+   fused operations are those written as such. */
 #ifndef SPLITINFER_VECTORS_H
 #define SPLITINFER_VECTORS_H
 
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #define VL 16 /* floats in a vector */
 #else
 #define VL 8
@@ -26,18 +26,20 @@ typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef uint16_t vh __attribute__((vector_size(VL * 2)));
-typedef int8_t vb __attribute__((vector_size(VL)));
+typedef int16_t vs __attribute__((vector_size(VL * 4)));
+typedef int8_t vb __attribute__((vector_size(VL * 2)));
 typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 typedef uint32_t vu_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
-typedef int8_t vb_any __attribute__((vector_size(VL), aligned(1), may_alias));
+typedef int8_t vb_any __attribute__((vector_size(VL * 2), aligned(1), may_alias));
 
 INLINE vf load(const float *p) { return (vf)*(const vf_any *)p; }
 INLINE void store(float *p, vf v) { *(vf_any *)p = (vf_any)v; }
 INLINE vf all(float x) { return x - (vf){}; }
 
 INLINE vf fused(vf a, vf b, vf c) { /* a * b + c, rounded once where the machine can */
-#if defined(__AVX512F__)
+#if VL == 16
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__) && defined(__FMA__)
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -51,18 +53,10 @@ INLINE vf load_bfloat16(const uint16_t *p) {
     vh half = (vh)*(const vh_any *)p;
     return (vf)(__builtin_convertvector(half, vu) << 16);
 }
-INLINE vf load_int8(const int8_t *p) {
-#if defined(__AVX512F__)
-    return from_integers((vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-#elif defined(__AVX2__)
-    return from_integers((vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-#else
-    vb byte = (vb)*(const vb_any *)p;
-    return from_integers(__builtin_convertvector(byte, vi));
-#endif
-}
-
 INLINE float one_float16(uint16_t h) { /* IEEE half to float; infinities do not occur in scales */
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
     float scaled, value;
     memcpy(&scaled, &rest, 4);
@@ -71,9 +65,10 @@ INLINE float one_float16(uint16_t h) { /* IEEE half to float; infinities do not 
     rest |= sign;
     memcpy(&value, &rest, 4);
     return value;
+#endif
 }
 INLINE vf load_float16(const uint16_t *p) {
-#if defined(__AVX512F__)
+#if VL == 16
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(__F16C__)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
@@ -101,7 +96,7 @@ INLINE void store_bfloat16(uint16_t *p, vf v) {
     vu bits = (vu)v, odd = (bits >> 16) & 1;
     vu rounded = (bits + 0x7fff + odd) >> 16, nan = (vu)(v != v);
     rounded = (rounded & ~nan) | ((bits >> 16 | 64) & nan);
-#if defined(__AVX512F__)
+#if VL == 16
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)rounded));
 #elif defined(__AVX2__)
     __m256i pairs = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
@@ -110,6 +105,50 @@ INLINE void store_bfloat16(uint16_t *p, vf v) {
     *(vh_any *)p = (vh_any)__builtin_convertvector(rounded, vh);
 #endif
 }
+
+/* ---- integers: a vector holds VL pairs of 16 bits, or VL sums of 32 ---- */
+
+INLINE vi load_pairs(const int16_t *p) { return (vi)*(const vi_any *)p; }
+INLINE vi all_pairs(const int16_t *p) { /* one pair in every lane */
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    return pair - (vi){};
+}
+INLINE vi load_int8(const int8_t *p) { /* 2 * VL bytes, as pairs */
+#if VL == 16
+    return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+#else
+    vb bytes = (vb)*(const vb_any *)p;
+    return (vi)__builtin_convertvector(bytes, vs);
+#endif
+}
+
+/* sum + a.first * b.first + a.second * b.second in every lane. */
+INLINE vi dot_pairs(vi sum, vi a, vi b) {
+#if VL == 16 && defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif VL == 16
+    return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (vi)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+/* Nibbles j and j + 4 of every word, as pairs; j < 4. */
+INLINE vi nibble_pairs(vi words, int j) { return (vi)((vu)words >> 4 * j) & 0x000f000f; }
+
+/* Keeps a sum in its register: integer sums may be reordered, and compilers that do so run out of them. */
+#if defined(__AVX2__)
+#define SETTLE(sum) __asm__("" : "+v"(sum))
+#else
+#define SETTLE(sum)
+#endif
 
 INLINE float sum_of(vf v) { /* a fixed tree */
 #if VL == 16
