@@ -151,11 +151,7 @@ class ExpertNode:
         use_threads(self._threads)
         checkpoint = Checkpoint.open(resolve_model(self._model))
         config = checkpoint.config
-        if not config.enable_moe_block:
-            raise UsageError(
-                f"{checkpoint.path} is a dense model: it has no experts to hold",
-                remedy="Name a checkpoint with a mixture of experts, such as Gemma 4 26B-A4B.",
-            )
+        checkpoint.check_experts()
         layers = _ids(self._layers, checkpoint.held_layers, config.num_hidden_layers, "--layers")
         experts = _ids(self._experts, checkpoint.held_experts, config.num_experts, "--experts")
         columns = None

@@ -34,6 +34,7 @@ def print_node(settings: Settings) -> None:
     from splitinfer.placement import format_ranges, parse_ranges, parse_slice
 
     checkpoint = _open(settings)
+    checkpoint.check_experts()
     config = checkpoint.config
     experts, layers, columns = checkpoint.held_experts, checkpoint.held_layers, None
     if settings.experts is not None:

@@ -73,11 +73,7 @@ def _plan(settings: Settings, *, client: bool) -> Plan:
     config = checkpoint.config
     held_experts, held_layers = checkpoint.held_experts, checkpoint.held_layers
     if settings.experts is not None:
-        if not config.enable_moe_block:
-            raise UsageError(
-                f"{checkpoint.path} is a dense model: it has no experts to hold",
-                remedy="Leave --experts out, or give --client.",
-            )
+        checkpoint.check_experts()
         held_experts = parse_ranges(settings.experts, config.num_experts, "--experts")
     elif client:
         held_experts = ()

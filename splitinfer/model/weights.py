@@ -170,6 +170,19 @@ class Checkpoint:
         prefix = f"layers.{layer}.experts."
         return self.tensor(prefix + "gate_up_proj")[lo:hi], self.tensor(prefix + "down_proj")[lo:hi]
 
+    def check_experts(self) -> None:
+        """Raises UsageError where there are no experts that a node could hold."""
+        if not self.config.enable_moe_block:
+            raise UsageError(
+                f"{self.path} is a dense model: it has no experts to hold",
+                remedy="Run it on one machine, without nodes, or name a model with a mixture of experts.",
+            )
+        if not self.held_experts:
+            raise UsageError(
+                f"{self.path} is a client's shard: it has no experts to hold",
+                remedy="Name the model, or a shard made with --experts.",
+            )
+
     @property
     def held_layers(self) -> tuple[int, ...]:
         """Layers whose experts are here, at least in part: all, unless this is a shard."""

@@ -84,6 +84,9 @@ def test_a_shard_of_it_serves_the_file_s_client(cli: Cli, model: Path) -> None:
     assert cli("shard", str(model), "--client", "-o", "client").code == 0
     ran = cli("verify", "experts")
     assert (ran.code, ran.err) == (0, "")
+    ran = cli("node", "client")
+    assert ran.code == 2
+    assert "client is a client's shard: it has no experts to hold" in ran.err
     with (
         listening(Path("experts"), "--slice", "1/2") as (_, first, _),
         listening(Path("experts"), "--slice", "2/2") as (_, second, _),
@@ -112,8 +115,9 @@ def test_a_dense_model_runs_here(cli: Cli, dense: Path) -> None:
     ("argv", "says", "remedy"),
     [
         (["generate", "he", "--nodes", "127.0.0.1:1", "--model"], "is a dense model", "Leave out --nodes"),
-        (["node"], "is a dense model", "mixture of experts"),
-        (["shard", "--experts", "0-3", "--dry-run"], "is a dense model", "--client"),
+        (["node"], "is a dense model", "without nodes"),
+        (["node", "--estimate"], "is a dense model", "without nodes"),
+        (["shard", "--experts", "0-3", "--dry-run"], "is a dense model", "without nodes"),
         (["generate", "he", "--local-layers", "0", "--model"], "there are none", "Leave them out"),
     ],
 )
