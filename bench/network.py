@@ -1,16 +1,25 @@
 """What hides the round trip, and how much of it: tokens/s over emulated links, one row for each round trip.
 
     python bench/network.py                             the demo model and its drafter, 0.2, 2 and 20 ms
-    python bench/network.py MODEL --drafter DIR --rtt 20ms --tokens 64 --plot docs/network.png
+    python bench/network.py MODEL --drafter DIR --rtt 20ms --plot docs/network.png
+    python bench/network.py --llama-cpp BIN --gguf FILE.gguf        and llama.cpp beside it, true shapes
 
 Nodes are processes of their own on this machine, one thread each, behind an emulated link that delays bytes
 in user space (`transport/link.py`); the client has one thread and half of the cores to itself, as it would on
-a machine of its own. Columns: plain decoding (whose dense network runs while the experts travel), a third of
-the layers local, prompt lookup, the model's drafter, the drafter with a third of the layers local, and eight
-replies at once. The bound of plain decoding, printed beside it, is 1 / (layers x (round trip + experts) +
-local time): the round trip of a ping on the emulated link, the nodes' own account of their arithmetic, and
-the client's time less that of the calls and of the dense network beside them. Rounds alternate between the
-columns; figures are medians.
+a machine of its own. Columns: plain decoding with the dense network after the experts' answer; the same with
+it beside the travelling experts, which is how it is always done; a third of the layers local; prompt lookup;
+the model's drafter; the drafter with a third of the layers local; eight replies at once.
+
+The bound of plain decoding is 1 / (layers x (round trip + experts) + local time), each term measured by
+itself in the same run:
+    round trip   a call that carries a decode row to a node and has it sent back, without arithmetic
+    experts      the nodes' own account of their arithmetic
+    local time   a step of the same model with all experts in this process, less the experts' time and that of
+                 the dense network, which runs while the experts travel
+
+A prompt is measured against layers x round trip + the time of the same prompt in this process. Speeds of
+plain decoding do not depend on the text and are taken over fewer tokens; those of drafts are over several
+prompts. Every reply is compared with that of the model in this process: "same" tokens.
 
 What it leaves out: bandwidth, lost packets, and machines of their own for the nodes: at short round trips
 client, link and nodes compete for this machine's cores. Ends with one JSON line.
@@ -22,29 +31,34 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see splitinfer.cli.console
 
+import network_report
+import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
+import torch
 
-from splitinfer import AsyncEngine
+from splitinfer import AsyncEngine, Completion
+from splitinfer.cli.console import run as run_loop
 from splitinfer.cli.processes import node_process
-from splitinfer.model.config import load_config
+from splitinfer.model.config import ModelConfig, load_config
+from splitinfer.model.weights import Checkpoint
+from splitinfer.node import ECHO_CALL
 from splitinfer.placement import format_ranges
 from splitinfer.transport import ClientConfig, connect
 from splitinfer.transport.link import LinkSpec, parse_duration
 
-PROMPT = '''"""Reads settings from a file.
+PROMPTS = (
+    '''"""Reads settings from a file.
 
 Every line is a name, an equals sign and a value.
 """
@@ -54,17 +68,33 @@ import os
 
 def read_settings(path):
     """Return the settings in the file as a dictionary."""
-'''
+''',
+    '''class Queue:
+    """A queue of items, first in, first out."""
+
+    def __init__(self, maxsize=0):
+        self.maxsize = maxsize
+        self.items = []
+
+    def put(self, item):
+''',
+)
 STREAMS = 8
+PREFILL = 512  # tokens of the prompt that is timed
+LONG = 2048  # tokens of the prompt beside which another reply goes on
+WARM = 8
+Reference = dict[int, tuple[int, ...]]  # by prompt: the reply of the model in this process
 
 
 @dataclass(frozen=True)
 class Way:
-    """One column: settings of the engine, and the number of replies at once."""
+    """One column: settings of the engine, and how it is used."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     streams: int = 1
+    overlap: bool = True
+    drafts: bool = False
 
 
 @dataclass
@@ -72,24 +102,52 @@ class Figures:
     """One cell. Bytes and calls are for each token of all replies, prompts left out."""
 
     tokens_per_second: float
-    acceptance: float
     bytes_per_token: float
     calls_per_token: float
-    bound: float
+    acceptance: float = 0.0
+    of_bound: float = 0.0
     same_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class Local:
+    """The model in this process: seconds of a step less experts and dense network, of a prompt; replies."""
+
+    step: float
+    prefill: float
+    replies: Reference
+
+
+class Late:
+    """Experts that are asked only when their answer is wanted: as if nothing ran beside them."""
+
+    def __init__(self, experts: Any) -> None:
+        self.experts = experts
+
+    def dispatch(self, *arguments: Any) -> Awaitable[torch.Tensor]:
+        return _Asked(lambda: self.experts.dispatch(*arguments))
+
+
+class _Asked:
+    def __init__(self, ask: Callable[[], Awaitable[torch.Tensor]]) -> None:
+        self.ask = ask
+
+    def __await__(self) -> Generator[Any, None, torch.Tensor]:
+        return self.ask().__await__()
 
 
 def ways(layers: int, drafter: str | None) -> list[Way]:
     third = format_ranges(range(layers // 3))
     chosen = [
+        Way("no overlap", {"draft": "off"}, overlap=False),
         Way("plain", {"draft": "off"}),
         Way("third local", {"draft": "off", "local_layers": third}),
-        Way("lookup", {"draft": "lookup"}),
+        Way("lookup", {"draft": "lookup"}, drafts=True),
     ]
     if drafter is not None:
         chosen += [
-            Way("drafter", {"draft": drafter}),
-            Way("drafter, third local", {"draft": drafter, "local_layers": third}),
+            Way("drafter", {"draft": drafter}, drafts=True),
+            Way("drafter, third local", {"draft": drafter, "local_layers": third}, drafts=True),
         ]
     return [*chosen, Way(f"{STREAMS} replies", {"draft": "off"}, STREAMS)]
 
@@ -103,166 +161,217 @@ def pin() -> None:
         child.cpu_affinity(cores[half:] or cores)
 
 
-async def round_trip(address: str, transport: ClientConfig) -> float:
-    """Seconds of a ping, the median of some."""
+def prompt_of(engine: AsyncEngine, number: int, tokens: int = 0) -> str | list[int]:
+    """One of the prompts; or token ids of that many tokens."""
+    if engine.tokenizer is not None and not tokens:
+        return PROMPTS[number]
+    count = min(1000, engine.config.vocab_size - 10)
+    return [2, *(5 + (7 * i + number) % count for i in range((tokens or 50) - 1))]
+
+
+async def round_trip(address: str, config: ModelConfig, transport: ClientConfig) -> float:
+    """Seconds of a call with the bytes of one decode row, the median of some."""
+    row = [
+        torch.zeros((1, config.hidden_size), dtype=torch.bfloat16),
+        np.zeros((1, config.top_k_experts), np.int16),
+        np.zeros((1, config.top_k_experts), np.float32),
+    ]
+    times = []
     async with await connect(address, config=transport) as channel:
         pin()
-        return statistics.median([await channel.ping() for _ in range(20)])
+        for _ in range(100 if transport.link is None or transport.link.rtt < 0.01 else 20):
+            start = perf_counter()
+            await channel.call(ECHO_CALL, row, {"layer": 0, "out": "bfloat16"})
+            times.append(perf_counter() - start)
+    return median(times)
 
 
-async def one_reply(
-    engine: AsyncEngine, prompt: str | list[int], rtt: float, tokens: int, sampling: dict[str, Any]
-) -> tuple[Any, ...]:
-    """Figures of one reply and its token ids, from the engine's own account."""
-    completion = await engine.generate(prompt, max_tokens=tokens, ignore_eos=True, **sampling)
-    prefill = await engine.generate(prompt, max_tokens=1, ignore_eos=True)  # what the prompt alone costs
-    usage, decoded = completion.usage, tokens - 1
-    rate = completion.timings.decode_tokens_per_second
-    layers = completion.timings.layers
-    experts, *waits = (
-        sum(layer.get(name, 0.0) for layer in layers) for name in ("experts", "dispatch", "dense", "network")
-    )
-    calls = (usage.calls - prefill.usage.calls) / decoded
-    local = 1 / rate - experts - sum(waits)  # all that is neither the calls nor what runs beside them
-    figures = Figures(
+def per_token(completion: Completion, *phases: str) -> float:
+    """Seconds of these phases in all layers, for each decoded token."""
+    return sum(layer.get(phase, 0.0) for layer in completion.timings.layers for phase in phases)
+
+
+async def in_process(model: Path, prompts: int, tokens: int, sampling: dict[str, Any]) -> Local:
+    """All of it here: what the client's half takes, and the replies that every other way has to give."""
+    async with AsyncEngine(model, threads=1, draft="off") as engine:
+        pin()
+        await engine.generate(prompt_of(engine, 0), max_tokens=WARM, ignore_eos=True)
+        replies = [
+            await engine.generate(prompt_of(engine, n), max_tokens=tokens, ignore_eos=True, **sampling)
+            for n in range(prompts)
+        ]
+        steps = [
+            1 / reply.timings.decode_tokens_per_second - per_token(reply, "experts", "dense")
+            for reply in replies
+        ]
+        return Local(
+            median(steps), await prefill_seconds(engine), {n: r.token_ids for n, r in enumerate(replies)}
+        )
+
+
+async def prefill_seconds(engine: AsyncEngine) -> float:
+    """Seconds of a prompt of PREFILL tokens, the median of three."""
+    times = []
+    for number in range(3):
+        done = await engine.generate(prompt_of(engine, number, PREFILL), max_tokens=1, ignore_eos=True)
+        times.append(done.timings.ttft)
+    return median(times)
+
+
+async def one_at_a_time(
+    engine: AsyncEngine, prompts: int, tokens: int, sampling: dict[str, Any], local: Local, rtt: float
+) -> Figures:
+    """Replies to several prompts, one after the other; figures from the engine's own account."""
+    found = []
+    same = True
+    for number in range(prompts):
+        prompt = prompt_of(engine, number)
+        alone = (await engine.generate(prompt, max_tokens=1, ignore_eos=True)).usage  # what the prompt costs
+        reply = await engine.generate(prompt, max_tokens=tokens, ignore_eos=True, **sampling)
+        same &= reply.token_ids == local.replies[number][:tokens]
+        found.append((reply, alone))
+    decoded = prompts * (tokens - 1)
+    usages = [(reply.usage, alone) for reply, alone in found]
+    calls = sum(usage.calls - alone.calls for usage, alone in usages) / decoded
+    experts = mean(per_token(reply, "experts") for reply, _ in found)
+    rate = decoded / sum((tokens - 1) / reply.timings.decode_tokens_per_second for reply, _ in found)
+    return Figures(
         tokens_per_second=rate,
-        acceptance=usage.accepted_tokens / max(1, usage.drafted_tokens),
-        bytes_per_token=_traffic(usage, prefill.usage) / decoded,
+        bytes_per_token=sum(_nbytes(usage) - _nbytes(alone) for usage, alone in usages) / decoded,
         calls_per_token=calls,
-        bound=1 / (calls * rtt + experts + local),
+        acceptance=sum(u.accepted_tokens for u, _ in usages)
+        / max(1, sum(u.drafted_tokens for u, _ in usages)),
+        of_bound=rate * (calls * rtt / max(1, len(engine.nodes)) + experts + local.step),
+        same_tokens=same,
     )
-    return figures, completion.token_ids
 
 
-def _traffic(usage: Any, less: Any) -> int:
-    return usage.bytes_sent + usage.bytes_received - less.bytes_sent - less.bytes_received
+def _nbytes(usage: Any) -> int:
+    return int(usage.bytes_sent + usage.bytes_received)
 
 
-async def several_replies(
-    engine: AsyncEngine, prompt: str | list[int], tokens: int, sampling: dict[str, Any]
-) -> tuple[Any, ...]:
+async def several_at_once(
+    engine: AsyncEngine, tokens: int, sampling: dict[str, Any], local: Local
+) -> Figures:
     """Tokens of all replies per second, while all of them are decoding."""
     arrivals: list[list[float]] = [[] for _ in range(STREAMS)]
     ids: list[list[int]] = [[] for _ in range(STREAMS)]
+    prompt = prompt_of(engine, 0)
 
     async def follow(number: int) -> None:
         async for piece in engine.stream(prompt, max_tokens=tokens, ignore_eos=True, **sampling):
             arrivals[number].append(perf_counter())
             ids[number] += piece.token_ids
 
-    prefill = await engine.generate(prompt, max_tokens=1, ignore_eos=True)
+    alone = (await engine.generate(prompt, max_tokens=1, ignore_eos=True)).usage
     before = engine.traffic()
     await asyncio.gather(*(follow(number) for number in range(STREAMS)))
     sent, received, calls = (b - a for a, b in zip(before, engine.traffic(), strict=True))
     begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     made = sum(sum(begin < at <= end for at in times) for times in arrivals)
-    decoded, usage = STREAMS * (tokens - 1), prefill.usage
-    nbytes = sent + received - STREAMS * (usage.bytes_sent + usage.bytes_received)
-    calls -= STREAMS * usage.calls
-    figures = Figures(made / (end - begin), 0.0, nbytes / decoded, calls / decoded, 0.0)
-    return figures, tuple(ids[0]) if all(i == ids[0] for i in ids) else ()
+    decoded = STREAMS * (tokens - 1)
+    return Figures(
+        tokens_per_second=made / (end - begin),
+        bytes_per_token=(sent + received - STREAMS * _nbytes(alone)) / decoded,
+        calls_per_token=(calls - STREAMS * alone.calls) / decoded,
+        same_tokens=all(tuple(i) == local.replies[0][:tokens] for i in ids),
+    )
+
+
+async def prompt_figures(engine: AsyncEngine, local: Local, rtt: float) -> dict[str, float]:
+    """A long prompt against its bound, and how long it holds up a reply that is being written."""
+    layers = engine.config.num_hidden_layers
+    took = await prefill_seconds(engine)
+    bound = layers * rtt + local.prefill
+    gaps: list[float] = []
+    going = asyncio.Event()
+
+    async def write() -> None:
+        last = perf_counter()
+        async for _ in engine.stream(prompt_of(engine, 0), max_tokens=1000, ignore_eos=True):
+            gaps.append(perf_counter() - last)
+            last = perf_counter()
+            if len(gaps) == 12:
+                going.set()
+
+    writing = asyncio.create_task(write())
+    await going.wait()
+    usual, first = median(gaps[2:]), len(gaps)
+    length = min(LONG, engine.context - WARM)
+    done = await engine.generate(prompt_of(engine, 1, length), max_tokens=1, ignore_eos=True)
+    held_up = max(gaps[first:], default=0.0)
+    writing.cancel()
+    await asyncio.gather(writing, return_exceptions=True)
+    return {
+        "prefill_seconds": took,
+        "prefill_bound": bound,
+        "long_prompt_tokens": length,
+        "long_prompt_seconds": done.timings.ttft,
+        "usual_pause": usual,
+        "longest_pause": held_up,
+        "tokens_beside": len(gaps) - first,
+    }
 
 
 async def measure(
-    model: Path, addresses: Sequence[str], way: Way, rtt: float, tokens: int, sampling: dict[str, Any]
-) -> tuple[Figures, tuple[int, ...]]:
+    arguments: argparse.Namespace,
+    addresses: Sequence[str],
+    way: Way,
+    rtt: float,
+    local: Local,
+    sampling: dict[str, Any],
+) -> tuple[Figures, dict[str, float]]:
     transport = ClientConfig(link=LinkSpec(rtt=rtt) if rtt else None)
-    measured = await round_trip(addresses[0], transport)
-    async with AsyncEngine(model, addresses, threads=1, transport=transport, **way.settings) as engine:
+    measured = await round_trip(addresses[0], config_of(arguments.model), transport)
+    async with AsyncEngine(
+        arguments.model, addresses, threads=1, transport=transport, **way.settings
+    ) as engine:
         pin()
-        prompt: str | list[int] = PROMPT if engine.tokenizer is not None else [2, *range(5, 50)]
-        await engine.generate(prompt, max_tokens=4, ignore_eos=True)
+        if not way.overlap:
+            engine.model.experts = Late(engine.model.experts)
+        await engine.generate(prompt_of(engine, 0), max_tokens=WARM, ignore_eos=True)
         if way.streams > 1:
-            return await several_replies(engine, prompt, tokens, sampling)
-        return await one_reply(engine, prompt, measured, tokens, sampling)
+            figures = await several_at_once(engine, arguments.plain_tokens, sampling, local)
+            return figures, {"round_trip": measured, **await prompt_figures(engine, local, measured)}
+        prompts, tokens = (len(PROMPTS), arguments.tokens) if way.drafts else (1, arguments.plain_tokens)
+        return await one_at_a_time(engine, prompts, tokens, sampling, local, measured), {}
 
 
-def median(rounds: list[Figures]) -> Figures:
-    names = asdict(rounds[0])
-    return Figures(**{name: statistics.median(getattr(r, name) for r in rounds) for name in names})
+def config_of(model: Path) -> ModelConfig:
+    return load_config(model) if model.is_dir() else Checkpoint.open(model).config
 
 
-def run(arguments: argparse.Namespace, model: Path, drafter: str | None) -> dict[str, dict[str, Figures]]:
-    config = load_config(model)
+def middle(rounds: list[Any]) -> dict[str, float]:
+    return {name: median(found[name] for found in rounds) for name in rounds[0]}
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The cells of every round trip, and its prompts, as plain numbers."""
+    config = config_of(arguments.model)
     count, nodes = config.num_experts, arguments.nodes
     shares = [format_ranges(range(n * count // nodes, (n + 1) * count // nodes)) for n in range(nodes)]
-    columns = ways(config.num_hidden_layers, drafter)
-    table: dict[str, dict[str, Figures]] = {}
+    columns = ways(config.num_hidden_layers, arguments.drafter)
+    table: dict[str, Any] = {}
     with ExitStack() as stack:
         addresses = [
-            stack.enter_context(node_process([str(model), "--experts", share, "--threads", "1"]))
+            stack.enter_context(node_process([str(arguments.model), "--experts", share, "--threads", "1"]))
             for share in shares
         ]
         for rtt in arguments.rtt.split(","):
-            rounds: dict[str, list[Figures]] = {way.name: [] for way in columns}
+            cells: dict[str, list[Any]] = {way.name: [] for way in columns}
+            prompts: list[dict[str, float]] = []
             for number in range(arguments.rounds):
-                expected: tuple[int, ...] = ()
                 sampling = {"temperature": arguments.temperature, "seed": number}
+                local = run_loop(in_process(arguments.model, len(PROMPTS), arguments.tokens, sampling))
                 for way in columns:
-                    link = parse_duration(rtt)
-                    figures, ids = asyncio.run(
-                        measure(model, addresses, way, link, arguments.tokens, sampling)
+                    figures, found = run_loop(
+                        measure(arguments, addresses, way, parse_duration(rtt), local, sampling)
                     )
-                    expected = expected or ids
-                    figures.same_tokens = ids == expected
-                    rounds[way.name].append(figures)
-            table[rtt] = {name: median(found) for name, found in rounds.items()}
+                    cells[way.name].append(asdict(figures))
+                    prompts += [{**found, "local_step": local.step}] if found else []
+            table[rtt] = {"cells": {name: middle(rounds) for name, rounds in cells.items()}}
+            table[rtt]["prompts"] = middle(prompts)
     return table
-
-
-def show(table: dict[str, dict[str, Figures]]) -> None:
-    shown = Table(
-        "round trip",
-        "",
-        "tokens/s",
-        "× plain",
-        "of its bound",
-        "acceptance",
-        "kB/token",
-        "calls/token",
-        "tokens",
-    )
-    for rtt, cells in table.items():
-        plain = cells["plain"].tokens_per_second
-        for name, cell in cells.items():
-            shown.add_row(
-                rtt,
-                name,
-                f"{cell.tokens_per_second:.2f}",
-                f"{cell.tokens_per_second / plain:.2f}",
-                f"{cell.tokens_per_second / cell.bound:.2f}" if name in ("plain", "third local") else "",
-                f"{cell.acceptance:.2f}" if cell.acceptance else "",
-                f"{cell.bytes_per_token / 1e3:.1f}",
-                f"{cell.calls_per_token:.2f}",
-                "same" if cell.same_tokens else "OTHER",
-            )
-        shown.add_section()
-    Console(stderr=True, width=100).print(shown)
-
-
-def plot(table: dict[str, dict[str, Figures]], file: str) -> None:
-    """Speed against plain decoding, grouped by round trip."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    names = list(next(iter(table.values())))
-    width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        rates = [cells[name].tokens_per_second for cells in table.values()]
-        at = [group + place * width for group in range(len(table))]
-        bars = axes.bar(at, rates, width * 0.92, label=name)
-        axes.bar_label(bars, [f"{rate:.0f}" for rate in rates], fontsize=7)
-    axes.set_yscale("log")
-    axes.set_xticks(
-        [group + 0.4 - width / 2 for group in range(len(table))], [f"{rtt} round trip" for rtt in table]
-    )
-    axes.set_ylabel("tokens/s")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, ncols=3, frameon=False)
-    figure.savefig(file, dpi=150)
 
 
 def main() -> None:
@@ -273,21 +382,30 @@ def main() -> None:
     parser.add_argument("--drafter", help="its drafter (default: the demo model's)")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--rtt", default="0.2ms,2ms,20ms", help="round trips, separated by commas")
-    parser.add_argument("--tokens", type=int, default=64, help="of each reply")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; the seed is the round's")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128, help="of each reply with drafts")
+    parser.add_argument("--plain-tokens", type=int, default=48, help="of each reply without")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy; the seed is the round's")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--plot", help="a PNG file")
+    parser.add_argument("--llama-cpp", type=Path, help="folder of llama-bench and ggml-rpc-server")
+    parser.add_argument("--gguf", type=Path, help="true shapes for both, made if missing (3.2 GB)")
     arguments = parser.parse_args()
-    model, drafter = arguments.model, arguments.drafter
-    if model is None:
+    if arguments.llama_cpp is not None:
+        import network_llama
+
+        figures = network_llama.compare(arguments)
+        network_report.show_llama(figures)
+        print(json.dumps(figures))
+        return
+    if arguments.model is None:
         from splitinfer import demo
 
-        model, drafter = demo.path(), drafter or str(demo.drafter_path())
-    table = run(arguments, model, drafter)
-    show(table)
+        arguments.model, arguments.drafter = demo.path(), arguments.drafter or str(demo.drafter_path())
+    table = run(arguments)
+    network_report.show(table)
     if arguments.plot:
-        plot(table, arguments.plot)
-    json.dump({rtt: {n: asdict(c) for n, c in cells.items()} for rtt, cells in table.items()}, sys.stdout)
+        network_report.plot(table, arguments.plot)
+    json.dump(table, sys.stdout)
     print()
 
 
