@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from splitinfer import AsyncEngine, Completion, ExpertNode
+from splitinfer import AsyncEngine, Completion, ExpertNode, demo
 from splitinfer.errors import ConnectError, PlacementError, SplitinferError
 from tests.checkpoints import tiny_config, write_checkpoint
 
@@ -279,3 +279,24 @@ def test_a_missing_answer_is_never_zeros(checkpoint: Path) -> None:
 
     with pytest.raises(SplitinferError, match="7"):
         asyncio.run(ask())
+
+
+def test_a_prompt_costs_its_rows_and_little_more() -> None:
+    """Bytes on the wire within 5% of what rows there and back take, one call for each layer and chunk."""
+    rows = 512
+
+    async def traffic() -> tuple[int, int, int, int]:
+        async with (
+            running(demo.path(), [(None, None)]) as nodes,
+            AsyncEngine(demo.path(), addresses(nodes), draft="off") as engine,
+        ):
+            config, before = engine.config, engine.traffic()
+            async for _ in engine.prefill([5 + i % 1000 for i in range(rows)], engine.new_cache()):
+                pass
+            sent, received, calls = (b - a for a, b in zip(before, engine.traffic(), strict=True))
+            return sent + received, calls, config.num_hidden_layers, config.hidden_size
+
+    nbytes, calls, layers, hidden = asyncio.run(traffic())
+    least = 2 * layers * rows * hidden * 2  # bfloat16, both ways
+    assert least < nbytes < 1.05 * least
+    assert calls == layers
