@@ -224,9 +224,14 @@ class Bench:
                 arrivals[number].append(perf_counter())
 
         await asyncio.gather(*(follow(number) for number in range(streams)))
+        # From the time that the last of them has its first token until the first has its last one.
         begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
-        made = sum(sum(begin < at <= end for at in times) for times in arrivals)
-        return made / max(end - begin, 1e-9)
+        return sum(_rate([at for at in times if begin <= at <= end]) for times in arrivals)
+
+
+def _rate(times: Sequence[float]) -> float:
+    """Tokens per second of arrivals, by what lies between the first and the last."""
+    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
 
 
 def _prompt(engine: AsyncEngine) -> str | list[int]:

@@ -20,14 +20,16 @@ CLOSE = 0.15  # how far a prediction may be off before the table says so
 
 def table_of(found: Sequence[Decoded]) -> Table:
     """One line for each case, by link."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="tokens/s, predicted and measured", title_justify="left")
+    title = "tokens/s, predicted and measured"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("link", "nodes", "case"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("predicted", "measured", "ratio"):
-        table.add_column(name, justify="right")
-    table.add_column("what binds")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("what binds", no_wrap=True)
     for number, case in enumerate(found):
         last = number + 1 == len(found) or found[number + 1].link != case.link
         off = abs(case.ratio - 1) > CLOSE

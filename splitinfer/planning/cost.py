@@ -197,7 +197,8 @@ def _prediction(tokens: float, terms: Mapping[str, float]) -> Prediction:
 
 
 def _alternate(setup: Setup, sizes: Sequence[int]) -> tuple[float, float, float]:
-    """Follows groups of `sizes` rows through their steps, on one client and one queue per kind of call.
+    """Follows groups of `sizes` rows through their steps, on one client and one queue per kind of call. Half of
+    what handling a call takes keeps the client busy, half the nodes.
 
     Seconds of a step of all groups once steady, and how long client and busiest nodes work in it.
     """
@@ -218,7 +219,7 @@ def _alternate(setup: Setup, sizes: Sequence[int]) -> tuple[float, float, float]
         now = ready
         before = stages[layer - 1] if layer else None
         if before is not None:
-            now = work("client", now, before.combine.at(rows))
+            now = work("client", now, before.handling.at(rows) / 2 + before.combine.at(rows))
         if layer == len(stages):
             handed_out = client.head.at(rows) + client.step.at(rows) + rows * client.token.at(rows)
             now = work("client", now, handed_out)
@@ -234,7 +235,7 @@ def _alternate(setup: Setup, sizes: Sequence[int]) -> tuple[float, float, float]
         sent = work("client", now, call.send.at(rows))
         computed = work("client", sent, dense)
         there = sent + (call.round_trip + call.transfer(rows)) / 2
-        answered = work(id(call), there, call.experts.at(rows) + call.handling.at(rows))
+        answered = work(id(call), there, call.experts.at(rows) + call.handling.at(rows) / 2)
         back = answered + (call.round_trip + call.transfer(rows)) / 2
         heappush(waiting, (max(back, computed), group, layer + 1))
     half = STEPS // 2
