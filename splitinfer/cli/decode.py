@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from splitinfer.cli.calibration import (
     Effort,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from splitinfer.transport import ClientConfig
     from splitinfer.transport.link import LinkSpec
 
-__all__ = ["STREAMS", "Bench", "Case", "Decoded", "Link", "apart"]
+__all__ = ["STREAMS", "Bench", "Case", "Decoded", "Link", "apart", "undisturbed"]
 
 STREAMS = 8
 PROMPT = '''"""Reads settings from a file.
@@ -50,6 +51,10 @@ def read_settings(path):
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "ignore_eos": True}
 AT_LEAST = 1.0  # seconds that a case is run: short ones are repeated, and the median counts
 AT_MOST = 5  # times
+DISTURBED = 0.25  # cores that others take while something is measured: more is too much
+TRIES = 3
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One case over one link: the link's own round trip in seconds, what was predicted, and the tokens per
-    second that were measured."""
+    """One case over one link: the link's own round trip in seconds, what was predicted, the tokens per second
+    that were measured, and how many cores other programs took meanwhile."""
 
     link: str
     nodes: str
@@ -81,6 +86,11 @@ class Decoded:
     round_trip: float
     predicted: Prediction
     measured: float
+    others: float
+
+    @property
+    def disturbed(self) -> bool:
+        return self.others >= DISTURBED
 
     @property
     def ratio(self) -> float:
@@ -105,14 +115,23 @@ class Bench:
 
     def measure(self, nodes: str, addresses: Sequence[str], cases: Sequence[Case]) -> Iterator[Decoded]:
         """Every case over every link, on nodes that a person knows as `nodes`."""
+        known = self.client
+
+        def calibrate() -> list[float]:
+            self.client = known
+            return run(self._calibrate(nodes, addresses, cases))
+
         with busy(f"{nodes}: calibrating"):
-            trips = run(self._calibrate(nodes, addresses, cases))
+            trips, _ = undisturbed(calibrate)
         for link, trip in zip(self.links, trips, strict=True):
             for case in cases:
                 with busy(f"{nodes}, {link.name}: {case.name}"):
                     predicted = self._predict(replace(self.calls[nodes], round_trip=trip), case)
-                    measured = run(self._decode(addresses, link, case))
-                yield Decoded(link.name, nodes, case.name, trip, predicted, measured)
+                    measured, others = undisturbed(partial(self._decode_once, addresses, link, case))
+                yield Decoded(link.name, nodes, case.name, trip, predicted, measured, others)
+
+    def _decode_once(self, addresses: Sequence[str], link: Link, case: Case) -> float:
+        return run(self._decode(addresses, link, case))
 
     def _predict(self, call: CallCost, case: Case) -> Prediction:
         assert self.client is not None
@@ -239,6 +258,31 @@ def _prompt(engine: AsyncEngine) -> str | list[int]:
     if engine.tokenizer is not None:
         return PROMPT
     return [n % engine.config.vocab_size for n in range(2, 40)]
+
+
+def undisturbed(measure: Callable[[], T]) -> tuple[T, float]:
+    """What `measure` gives, and how many cores other programs took meanwhile. Where that is much it measures
+    again, a few times at most: one of two cores that is taken halves every figure."""
+    for _ in range(TRIES):
+        before, start = _taken_by_others(), perf_counter()
+        found = measure()
+        others = (_taken_by_others() - before) / (perf_counter() - start)
+        if others < DISTURBED:
+            break
+    return found, max(0.0, others)
+
+
+def _taken_by_others() -> float:
+    """Seconds of processor time that programs other than this one and those that it started have taken."""
+    import psutil
+
+    every, own = psutil.cpu_times(), psutil.Process()
+    spent = own.cpu_times()
+    mine = spent.user + spent.system + spent.children_user + spent.children_system
+    for child in own.children():
+        with suppress(psutil.NoSuchProcess):
+            mine += sum(child.cpu_times()[:2])
+    return float(every.user + every.nice + every.system - mine)
 
 
 @contextmanager

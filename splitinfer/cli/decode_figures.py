@@ -40,7 +40,7 @@ def table_of(found: Sequence[Decoded]) -> Table:
             f"{case.predicted.tokens_per_second:.3g}",
             f"{case.measured:.3g}",
             f"[bold red]{case.ratio:.2f}[/]" if off else f"{case.ratio:.2f}",
-            case.predicted.binds,
+            case.predicted.binds + (f"; others took {case.others:.1f} cores" if case.disturbed else ""),
             end_section=last,
         )
     return table

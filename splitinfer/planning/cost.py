@@ -197,8 +197,8 @@ def _prediction(tokens: float, terms: Mapping[str, float]) -> Prediction:
 
 
 def _alternate(setup: Setup, sizes: Sequence[int]) -> tuple[float, float, float]:
-    """Follows groups of `sizes` rows through their steps, on one client and one queue per kind of call. Half of
-    what handling a call takes keeps the client busy, half the nodes.
+    """Follows groups of `sizes` rows through their steps, on one client and one queue per kind of call. Half
+    of what handling a call takes keeps the client busy, half the nodes.
 
     Seconds of a step of all groups once steady, and how long client and busiest nodes work in it.
     """

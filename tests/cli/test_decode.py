@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from time import sleep
 
 import psutil
 import pytest
@@ -44,6 +46,25 @@ def test_nodes_are_started_and_stopped(cli: Cli, tiny: Path, monkeypatch: pytest
     assert found["calibration"]["client"]["attention"]["points"][0][0] == 1
     assert psutil.Process().children(recursive=True) == before
     assert os.sched_getaffinity(0) == cores
+
+
+@pytest.mark.parametrize(
+    ("taken", "runs"), [((0.0, 0.1), 1), ((0.0, 9e9, 9e9, 9e9), 2), (range(0, 10**12, 10**11), 3)]
+)
+def test_what_others_disturb_is_measured_again(
+    taken: Sequence[float], runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings, measured = iter(taken), list[int]()
+    monkeypatch.setattr(decode, "_taken_by_others", lambda: float(next(readings)))
+
+    def measure() -> int:
+        measured.append(1)
+        sleep(0.5 if runs == 1 else 0.001)
+        return len(measured)
+
+    found, others = decode.undisturbed(measure)
+    assert (found, len(measured)) == (runs, runs)
+    assert (others >= decode.DISTURBED) == (runs == 3)
 
 
 def test_sets_of_nodes() -> None:
