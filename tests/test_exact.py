@@ -103,7 +103,8 @@ def test_the_same_bits_for_every_placement(models: dict[str, Path], dtype: str, 
 
     check()
     plain = asyncio.run(logits_of(models[dtype], [], PROMPT, quant=quant, exact=False))
-    assert np.abs(plain - alone(models[dtype], quant)).max() < (1e-4 if dtype == "float32" else 1.0)
+    steps = 1e-3 if quant in ("int8", "int4") else 1e-4  # what a last bit becomes in 16 bits of activations
+    assert np.abs(plain - alone(models[dtype], quant)).max() < (steps if dtype == "float32" else 1.0)
 
 
 def test_without_the_kernels_too(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
