@@ -70,6 +70,12 @@ class TensorCodec:
         if not self._rate_known:
             self._compressor.link_rate = rate
 
+    def expect_link_rate(self, rate: int) -> None:
+        """What the peer knows of the link's throughput, in bytes/s; 0 is nothing."""
+        if rate:
+            self.link_rate = float(rate)
+            self._rate_known = True
+
     def encode(
         self, spec: TensorSpec, data: memoryview, accepted: frozenset[int]
     ) -> tuple[int, Sequence[memoryview], int] | None:

@@ -50,13 +50,17 @@ class Authenticator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """One side's first frame. `encodings` are those that it can decode; 0, the bytes as they are, always."""
+    """One side's first frame. `encodings` are those that it can decode; 0, the bytes as they are, always.
+
+    `link_rate` is what a client knows beforehand of the link's throughput, in bytes/s; 0 is nothing.
+    """
 
     nonce: bytes
     limits: Limits
     agent: str = ""
     encodings: frozenset[int] = field(default_factory=frozenset)
     auth: bool = False
+    link_rate: int = 0
 
     def to_map(self) -> dict[str, Any]:
         return {
@@ -65,6 +69,7 @@ class Hello:
             "limits": asdict(self.limits),
             "encodings": sorted(self.encodings),
             "auth": self.auth,
+            "link_rate": self.link_rate,
         }
 
     @classmethod
@@ -80,7 +85,10 @@ class Hello:
             type(code) is int and 0 <= code < 256 for code in encodings
         ):
             raise RemoteProtocolError("the peer's HELLO lists encodings that are no numbers below 256")
-        return cls(nonce, _limits(content.get("limits")), agent, frozenset(encodings), auth)
+        rate = content.get("link_rate", 0)
+        if type(rate) is not int or not 0 <= rate < 1 << 63:
+            raise RemoteProtocolError("the peer's HELLO has a link rate that is no number of bytes")
+        return cls(nonce, _limits(content.get("limits")), agent, frozenset(encodings), auth, rate)
 
 
 def _limits(content: Any) -> Limits:
@@ -110,6 +118,7 @@ class Handshake:
         make_info: Callable[[], dict[str, Any]] | None = None,
         authenticator: Authenticator | None = None,
         binding: bytes = b"",
+        link_rate: int = 0,
         peer: str = "",
     ) -> None:
         self.done = False
@@ -121,7 +130,8 @@ class Handshake:
         self._authenticator = authenticator
         self._binding = binding
         auth = role == "server" and authenticator is not None
-        own = Hello(token_bytes(_NONCE_NBYTES), limits, f"splitinfer/{__version__}", encodings, auth)
+        agent = f"splitinfer/{__version__}"
+        own = Hello(token_bytes(_NONCE_NBYTES), limits, agent, encodings, auth, link_rate)
         self._own = pack_map(own.to_map(), MAX_HELLO)
         self._transcript = b""
 

@@ -92,6 +92,7 @@ class Connection:
             make_info=info,
             authenticator=authenticator,
             binding=binding,
+            link_rate=int(codec.link_rate or 0) if codec else 0,
             peer=peer,
         )
         self.made = 0  # calls so far: the last id
@@ -202,10 +203,10 @@ class Connection:
         for frame in handshake.receive(message):
             self.outbox.add(0, frame)
         if handshake.hello is not None:
-            self.outbox.limits = handshake.hello.limits
-            self.outbox.accepted = handshake.hello.encodings
+            self.outbox.limits, self.outbox.accepted = handshake.hello.limits, handshake.hello.encodings
             if self._codec is not None and self._codec.encodings & handshake.hello.encodings:
                 self.outbox.codec = self._codec
+                self._codec.expect_link_rate(handshake.hello.link_rate)
         if not handshake.done:
             return False
         self.open = True

@@ -14,6 +14,7 @@ from splitinfer.transport.codec import BFLOAT16, FLOAT8, INT8, LOSSLESS, TensorC
 from splitinfer.transport.compression import LZ4, LZ4_PLANES
 from splitinfer.transport.link import LinkSpec
 from splitinfer.transport.tensors import DTYPES, TensorSpec
+from tests.transport.wire import pair
 
 LOSSY = {"bfloat16": BFLOAT16, "float8_e4m3fn": FLOAT8, "int8": INT8}
 ROWS = TensorSpec(DTYPES["float32"], (4, 128))
@@ -68,6 +69,14 @@ def test_a_rate_that_is_known_is_not_measured_again() -> None:
     for codec in (known, unknown):
         codec.link_rate = 5e9
     assert (known.link_rate, unknown.link_rate) == (1e6, 5e9)
+
+
+def test_a_client_tells_its_server_what_it_knows_of_the_link() -> None:
+    for known, told in ((12.5e6, 12.5e6), (None, 5e9)):
+        codecs = TensorCodec("client", "auto", link_rate=known), TensorCodec("server", "auto")
+        pair({"codec": codecs[0]}, {"codec": codecs[1]})
+        codecs[1].link_rate = 5e9  # the kernel's figure, which counts where nobody knew better
+        assert codecs[1].link_rate == told
 
 
 def exchange(tensors: list[Any], client: ClientConfig, server: ServerConfig) -> tuple[list[Any], int, int]:

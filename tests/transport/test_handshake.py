@@ -23,7 +23,7 @@ TOKEN, OTHER = (TokenAuthenticator(Token(letter * 32)) for letter in "ab")
 
 
 def test_a_hello_comes_back() -> None:
-    hello = Hello(bytes(range(32)), Limits(max_body=5), "me/1", frozenset((1, 4)), True)
+    hello = Hello(bytes(range(32)), Limits(max_body=5), "me/1", frozenset((1, 4)), True, 7)
     assert Hello.from_map({**hello.to_map(), "something new": 1}) == hello
 
 
@@ -37,6 +37,8 @@ def test_a_hello_comes_back() -> None:
         {"encodings": [1, "lz4"]},
         {"encodings": [256]},
         {"encodings": 1},
+        {"link_rate": -1},
+        {"link_rate": 1.5},
         {"limits": None},
         {"limits": {"max_body": 1}},
         {"limits": {**Hello(bytes(32), Limits()).to_map()["limits"], "max_rank": 0}},
