@@ -16,7 +16,7 @@ from splitinfer.transport.outbox import Piece
 
 __all__ = ["TlsStream"]
 
-_READ_NBYTES: Final = 256 * 1024
+_READ_NBYTES: Final = 64 * 1024
 _LEAVE_SECONDS: Final = 1.0
 _WRITE_NBYTES: Final = 64 * 1024  # encrypted before the socket is asked again
 
@@ -35,6 +35,7 @@ class TlsStream:
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._encrypted = memoryview(b"")
+        self._received = memoryview(bytearray(_READ_NBYTES))
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side, server_name)
 
     async def handshake(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -83,16 +84,24 @@ class TlsStream:
                     pass
 
     def recv_into(self, buffer: memoryview) -> int:
+        """Decrypt whatever is here, record by record, before the socket is asked for more."""
+        filled = 0
         while True:
             try:
-                return self._object.read(len(buffer), buffer)  # type: ignore[return-value]
+                nbytes: int = self._object.read(len(buffer) - filled, buffer[filled:])  # type: ignore[assignment]
             except ssl.SSLWantReadError:
-                data = self._sock.recv(_READ_NBYTES)
-                if not data:
+                if filled:
+                    return filled
+                taken = self._sock.recv_into(self._received)
+                if not taken:
                     return 0
-                self._incoming.write(data)
+                self._incoming.write(self._received[:taken])
+                continue
             except ssl.SSLZeroReturnError:
-                return 0
+                return filled
+            filled += nbytes
+            if not nbytes or filled == len(buffer) or not self.more:
+                return filled
 
     def sendmsg(self, buffers: Sequence[Piece]) -> int:
         """How many bytes were encrypted: they are on their way, taken by the socket or not."""
