@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import tempfile
 import threading
@@ -164,6 +165,15 @@ class SplitinferUnix(Splitinfer):
     @property
     def address(self) -> str:  # type: ignore[override]
         return f"unix:{tempfile.mkdtemp()}/bench.sock"
+
+
+class SplitinferSleeping(Splitinfer):
+    """What the wake-ups cost: the loop sleeps in the kernel, as those of the peers do."""
+
+    name = "splitinfer, TCP, no busy polling"
+
+    def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"busy_poll": 0.0}, {"busy_poll": 0.0}
 
 
 class SplitinferTLS(Splitinfer):
@@ -326,6 +336,7 @@ class Grpc(Peer):
 PEERS: Final = {
     "raw": RawSocket,
     "tcp": Splitinfer,
+    "tcp-sleeping": SplitinferSleeping,
     "unix": SplitinferUnix,
     "tls": SplitinferTLS,
     "http": Http,
@@ -334,13 +345,15 @@ PEERS: Final = {
 }
 
 
-def run_server(peer: str, pipe: Connection) -> None:
-    """A server process: sends where it listens, then serves until it is terminated."""
+def run_server(peer: str, pipe: Connection, cores: set[int]) -> None:
+    """A server process on these cores: sends where it listens, then serves until it is terminated."""
+    os.sched_setaffinity(0, cores)
     uvloop.run(PEERS[peer]().serve(pipe.send))
 
 
-def run_client(peer: str, address: Any, pipe: Connection) -> None:
-    """A client process: reads (what, how many), answers with seconds per call or calls per second."""
+def run_client(peer: str, address: Any, pipe: Connection, cores: set[int]) -> None:
+    """A client process on these cores: reads (what, how many), answers with seconds per call or calls/s."""
+    os.sched_setaffinity(0, cores)
     uvloop.run(drive(PEERS[peer](), address, pipe))
 
 

@@ -1,12 +1,14 @@
 """What fewer bytes on the wire cost and save: lz4 with byte planes, and the narrow wire dtypes.
 
-    python bench/wire.py                        rows drawn at random, plain and with outliers python
-    bench/wire.py --model PATH --text F  a model's own activations too, and what rounding them does to it
+    python bench/wire.py                        rows drawn at random, plain and with outliers
+    python bench/wire.py --model PATH           a model's own activations too, and what rounding does to it
+    python bench/wire.py --link 100mbit,1gbit   whole calls over emulated links instead, by mode of lz4
 
 Rows are as wide as Gemma 4 26B-A4B's (2,816). Error is the root mean square of the difference over that of
 the rows; the second figure is the median relative error of single numbers, which outliers cannot hide. For a
 model: bits per token of the text, experts in this process, rounded on their way there and back in every
-layer.
+layer. Over links: the same tensor there and back, client, link and server in three processes, the modes in
+turns; speed is raw bytes, both ways together, over the median time of a call.
 
 Ends with one JSON line.
 """
@@ -16,9 +18,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any, Final
 
@@ -29,12 +33,16 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from splitinfer import transport
 from splitinfer.transport.compression import LZ4, LZ4_PLANES, compress, decompress
+from splitinfer.transport.link import LinkSpec
 from splitinfer.transport.wire_dtypes import WIRE_DTYPES, narrow, narrows, widen
 
 COLUMNS: Final = 2816
 ROWS: Final = 256
 REPEATS: Final = 7
+MODES: Final = ("off", "auto", "on")
+OVER_LINKS: Final = ("noise, uint8", "normal, bfloat16", "three quarters padding, bfloat16")
 
 
 def data_of(tensor: torch.Tensor) -> memoryview:
@@ -141,7 +149,13 @@ class RoundedExperts:
         return answer if self._wire is None else through(answer, self._wire)
 
 
-def bits_per_token(model: str, text: Path, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
+def held_out_text() -> str:
+    from training.corpus import read_corpus
+
+    return read_corpus().held_out[0].text
+
+
+def bits_per_token(model: str, text: str, tokens: int) -> tuple[dict[str, float], torch.Tensor]:
     """Bits per token by wire dtype ("" for none), and the rows that went to experts."""
     from splitinfer.model.cache import KVCache
     from splitinfer.model.experts import ExpertBank, LocalExperts
@@ -154,7 +168,7 @@ def bits_per_token(model: str, text: Path, tokens: int) -> tuple[dict[str, float
     tokenizer = Tokenizer.open(checkpoint.path)
     if tokenizer is None:
         raise SystemExit(f"error: {model} has no tokenizer")
-    ids = torch.tensor(tokenizer.encode(text.read_text())[:tokens])
+    ids = torch.tensor(tokenizer.encode(text)[:tokens])
     local = LocalExperts(ExpertBank(checkpoint))
     seen: list[torch.Tensor] = []
     bits = {}
@@ -165,6 +179,73 @@ def bits_per_token(model: str, text: Path, tokens: int) -> tuple[dict[str, float
         loss = torch.nn.functional.cross_entropy(gemma.logits(hidden)[:-1].double(), ids[1:])
         bits[wire or ""] = float(loss) / float(np.log(2))
     return bits, torch.cat(seen)
+
+
+def echo_server(pipe: Any) -> None:
+    """A process that answers with what it is sent, until it is ended."""
+
+    async def work() -> None:
+        async with await transport.serve(lambda call: transport.Reply(call.tensors), "127.0.0.1:0") as server:
+            pipe.send(server.address)
+            await asyncio.Event().wait()
+
+    asyncio.run(work())
+
+
+async def measure_link(address: str, link: str, rows: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    channels = {
+        mode: await transport.connect(
+            address,
+            config=transport.ClientConfig(link=LinkSpec.parse(link), compression=mode),  # type: ignore[arg-type]
+        )
+        for mode in MODES
+    }
+    records = []
+    for name in OVER_LINKS:
+        times: dict[str, list[float]] = {mode: [] for mode in MODES}
+        wire: dict[str, int] = {}
+        for turn in range(REPEATS + 1):
+            for mode, channel in channels.items():
+                before, start = channel.stats, perf_counter()
+                await channel.call("echo", [rows[name]])
+                seconds, after = perf_counter() - start, channel.stats
+                if turn:
+                    times[mode].append(seconds)
+                wire[mode] = after.sent_nbytes + after.received_nbytes
+                wire[mode] -= before.sent_nbytes + before.received_nbytes
+        for mode in MODES:
+            speed = 2 * rows[name].nbytes / median(times[mode])
+            slow = median(times["off"]) / median(times[mode])
+            records.append(
+                {"link": link, "rows": name, "mode": mode, "mb_s": speed / 1e6, "times_off": slow}
+                | {"wire_share": wire[mode] / (2 * rows[name].nbytes)}
+            )
+    for channel in channels.values():
+        await channel.close()
+    return records
+
+
+def measure_links(links: list[str], rows: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    server = spawn.Process(target=echo_server, args=(there,), daemon=True)
+    server.start()
+    try:
+        address = here.recv()
+        return [record for link in links for record in asyncio.run(measure_link(address, link, rows))]
+    finally:
+        server.terminate()
+        server.join()
+
+
+def print_links(records: list[dict[str, Any]]) -> None:
+    table = Table(title="lz4 on whole calls over a link, there and back", title_justify="left")
+    for heading in ("link", "rows", "lz4", "MB/s", "× off", "bytes on the wire"):
+        table.add_column(heading, justify="left" if heading in ("link", "rows", "lz4") else "right")
+    for record in records:
+        figures = f"{record['mb_s']:.1f}", f"{record['times_off']:.3f}", f"{record['wire_share']:.3f}"
+        table.add_row(record["link"], record["rows"], record["mode"], *figures)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def print_tables(
@@ -201,15 +282,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a checkpoint with a tokenizer")
-    parser.add_argument("--text", type=Path, help="what the model reads")
+    parser.add_argument("--text", type=Path, help="what it reads (default: held out of the demo's training)")
     parser.add_argument("--tokens", type=int, default=512, help="how much of it (default 512)")
+    parser.add_argument("--link", help="emulated links, such as 100mbit,1gbit, in place of the rest")
     arguments = parser.parse_args()
-    if bool(arguments.model) != bool(arguments.text):
-        parser.error("--model and --text go together")
+    if arguments.link:
+        links = measure_links(arguments.link.split(","), random_rows())
+        print_links(links)
+        print(json.dumps({"bench": "wire", "links": links}))
+        return
     torch.set_num_threads(1)
     rows, bits = random_rows(), dict[str, float]()
     if arguments.model:
-        bits, seen = bits_per_token(arguments.model, arguments.text, arguments.tokens)
+        text = arguments.text.read_text() if arguments.text else held_out_text()
+        bits, seen = bits_per_token(arguments.model, text, arguments.tokens)
         rows[f"the model's, {name_of(seen)}"] = seen
     compressed = [measure_compression(name, tensor) for name, tensor in rows.items()]
     rounded = [record for name, tensor in rows.items() for record in measure_rounding(name, tensor)]

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import stat
+import sys
 from contextlib import suppress
 from typing import Final
 
@@ -20,7 +21,9 @@ _BACKLOG: Final = 256
 _DEAD_AFTER_SECONDS: Final = 5
 # Unsent bytes that the kernel may hold: what a small message can find before it, whatever the send buffer is.
 _NOTSENT_NBYTES: Final = 256 * 1024
+# macOS: its names for what Linux calls TCP_KEEPIDLE and (in seconds) TCP_USER_TIMEOUT (netinet/tcp.h).
 _DARWIN_TCP_KEEPALIVE: Final = 0x10
+_DARWIN_TCP_RXT_CONNDROPTIME: Final = 0x80
 
 
 async def dial(address: Address, name: str = "") -> socket.socket:
@@ -143,6 +146,8 @@ def tune(sock: socket.socket) -> None:
         (socket.IPPROTO_TCP, getattr(socket, "TCP_USER_TIMEOUT", None), _DEAD_AFTER_SECONDS * 1000),
         (socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", None), _NOTSENT_NBYTES),
     ]
+    if sys.platform == "darwin":
+        wanted.append((socket.IPPROTO_TCP, _DARWIN_TCP_RXT_CONNDROPTIME, _DEAD_AFTER_SECONDS))
     for level, option, value in wanted:
         if option is not None:
             with suppress(OSError):

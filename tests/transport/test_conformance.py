@@ -32,6 +32,7 @@ from splitinfer.transport.certificates import Certificate, TLSConfig, make_certi
 from splitinfer.transport.frames import CHUNK_NBYTES
 from splitinfer.transport.link import LinkSpec
 from splitinfer.transport.security import Token
+from splitinfer.transport.sockets import Link
 from splitinfer.transport.tensors import DTYPES
 
 Pair = Callable[..., contextlib.AbstractAsyncContextManager[tuple[transport.Server, transport.Channel]]]
@@ -214,6 +215,58 @@ def test_large_bodies_both_ways_beside_small_ones(pair: Pair) -> None:
             assert small in first
             for array, call in zip(large, calls, strict=True):
                 assert ((await call).tensors[0].numpy() == array).all()
+
+    run(work())
+
+
+class Tap:
+    """Everything that one end hands to its stream, in order (before TLS encrypts it)."""
+
+    def __init__(self, link: Link) -> None:
+        self.stream = bytearray()
+        link._send, link._sendmsg = self._tapped(link._send), self._tapped(link._sendmsg)
+
+    def _tapped(self, send: Callable[[Any], int]) -> Callable[[Any], int]:
+        def tapped(data: Any) -> int:
+            nbytes = send(data)
+            whole = data if isinstance(data, bytes | memoryview) else b"".join(data)
+            self.stream += whole[:nbytes]
+            return nbytes
+
+        return tapped
+
+    async def holds(self, nbytes: int) -> None:
+        for _ in range(100_000):
+            if len(self.stream) >= nbytes:
+                return
+            await asyncio.sleep(0)
+        raise AssertionError(f"{len(self.stream)} bytes, and no more come")
+
+
+def test_a_small_message_waits_for_one_chunk_of_a_large_one_at_most(pair: Pair) -> None:
+    """Both ways: what a large body puts before a small message that comes later."""
+    sign = b"the small one that came later...."
+    taps: list[Tap] = []
+    replied: list[int] = []
+
+    async def handler(call: transport.Call) -> Reply:
+        if call.tensors[0].nbytes == len(sign):
+            await taps[1].holds(1 << 20)
+            replied.append(len(taps[1].stream))
+        return Reply(call.tensors)
+
+    async def work() -> None:
+        async with pair(handler) as (server, channel):
+            (peer,) = server.peers
+            taps[:] = Tap(channel._session.link), Tap(peer.link)
+            noise = np.random.default_rng(0).integers(0, 256, 16 << 20, np.uint8)
+            large = channel.start("any", [noise])
+            await taps[0].holds(1 << 20)
+            called = len(taps[0].stream)
+            await channel.call("any", [np.frombuffer(sign, np.uint8)])
+            await large
+            for tap, position in zip(taps, (called, *replied), strict=True):
+                assert 0 < tap.stream.index(sign) - position <= CHUNK_NBYTES + 1024
 
     run(work())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,25 @@ import pytest
 
 from splitinfer import transport
 from splitinfer.transport.buffers import POOL
+from splitinfer.transport.certificates import TLSConfig, make_certificate
+from splitinfer.transport.config import ClientConfig, ServerConfig
 from splitinfer.transport.sockets import Link
 
 MIB = 1 << 20
 
 
 @pytest.mark.parametrize("nbytes", [16 * MIB, pytest.param(256 * MIB, marks=pytest.mark.slow)])
-def test_memory_beyond_the_receive_buffer_stays_under_a_mebibyte(nbytes: int) -> None:
+@pytest.mark.parametrize("way", ["tcp", "unix", "tls"])
+def test_memory_beyond_the_receive_buffer_stays_under_a_mebibyte(
+    nbytes: int, way: str, tmp_path: Path
+) -> None:
     """Sending and receiving in one process, both counted; the buffer itself is the only large thing made."""
+    ours, theirs = ClientConfig(), ServerConfig()
+    if way == "tls":
+        made = make_certificate(tmp_path)
+        ours = ClientConfig(tls=TLSConfig(fingerprints=(made.fingerprint,)))
+        theirs = ServerConfig(tls=TLSConfig(certificate=made.certificate, key=made.key))
+    address = f"unix:{tmp_path}/socket" if way == "unix" else "127.0.0.1:0"
     sent = np.ones(nbytes, np.uint8)
     peaks = []
 
@@ -33,8 +45,8 @@ def test_memory_beyond_the_receive_buffer_stays_under_a_mebibyte(nbytes: int) ->
 
     async def work() -> None:
         async with (
-            await transport.serve({"take": take, "give": give}, "127.0.0.1:0") as server,
-            await transport.connect(server.address) as channel,
+            await transport.serve({"take": take, "give": give}, address, config=theirs) as server,
+            await transport.connect(server.address, config=ours) as channel,
         ):
             for method, tensors in (("take", [sent]), ("give", [])):
                 await channel.call("give" if method == "take" else "take", [] if method == "take" else [sent])
