@@ -1,7 +1,7 @@
 """What each way to move a row costs, without any protocol: 5,632 bytes there and back, two processes.
 
-    python bench/sockets.py             all ways, in turns, some 30 s
-    python bench/sockets.py --apart     each process has cores of its own, as two machines would
+    python bench/sockets.py                 each process has cores of its own, as two machines would; 30 s
+    python bench/sockets.py --cores any     cores as the scheduler likes
 
 The ways: a blocking socket; on asyncio's loop and on uvloop a Protocol (`data_received`, `write`), a
 BufferedProtocol (`get_buffer`, `write`), and `add_reader` with `recv_into` and `send`; the last one also with
@@ -20,12 +20,17 @@ import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
 import uvloop
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.cores import halves, run_on
 
 ROW_NBYTES: Final = 5632
 ROW: Final = bytes(ROW_NBYTES)
@@ -181,26 +186,26 @@ def use(way: str, sock: socket.socket, count: int | None) -> list[float]:
 
 
 def serve(way: str, pipe: Connection, cores: set[int]) -> None:
-    os.sched_setaffinity(0, cores)
+    run_on(cores)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send(listener.getsockname()[1])
         use(way, listener.accept()[0], None)
 
 
 def client(way: str, port: int, pipe: Connection, cores: set[int]) -> None:
-    os.sched_setaffinity(0, cores)
+    run_on(cores)
     with socket.create_connection(("127.0.0.1", port)) as sock:
         pipe.send(use(way, sock, ROWS_PER_ROUND)[ROWS_PER_ROUND // 10 :])
 
 
-def measure(way: str, halves: tuple[set[int], set[int]]) -> list[float]:
+def measure(way: str, cores: tuple[set[int], set[int]]) -> list[float]:
     """Seconds of each row but the first tenth."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    server = context.Process(target=serve, args=(way, there, halves[0]), daemon=True)
+    server = context.Process(target=serve, args=(way, there, cores[0]), daemon=True)
     server.start()
     port = here.recv()
-    caller = context.Process(target=client, args=(way, port, there, halves[1]), daemon=True)
+    caller = context.Process(target=client, args=(way, port, there, cores[1]), daemon=True)
     caller.start()
     try:
         if not here.poll(30):
@@ -217,15 +222,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--apart", action="store_true", help="half of the cores for each process")
+    parser.add_argument("--cores", choices=("apart", "any"), default="apart")
     arguments = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
-    halves = (set(cores[::2]), set(cores[1::2])) if arguments.apart else (set(cores), set(cores))
+    cores = halves(arguments.cores == "apart")
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(ROUNDS):
         for way in WAYS:
-            times[way] += measure(way, halves)
-    table = Table("", title=f"{ROW_NBYTES:,} bytes there and back, {len(cores)} cores", title_justify="left")
+            times[way] += measure(way, cores)
+    title = f"{ROW_NBYTES:,} bytes there and back, {os.cpu_count()} cores"
+    table = Table("", title=title, title_justify="left")
     for heading in ("p50 µs", "p90 µs", "p99 µs"):
         table.add_column(heading, justify="right")
     records = []
@@ -235,7 +240,7 @@ def main() -> None:
         table.add_row(way, *(f"{value:.1f}" for value in figures.values()))
         records.append({"way": way, **figures})
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print(json.dumps({"bench": "sockets", "apart": arguments.apart, "ways": records}))
+    print(json.dumps({"bench": "sockets", "cores": arguments.cores, "ways": records}))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ payloads.
     python bench/transport.py --cores any         cores as the scheduler likes
 
 Three loads: one row of 5,632 bytes there and back, a tensor of 16 MiB there, and 64 rows in flight. Client
-and server are two processes. Each has half of the cores to itself, as two machines would: left alone, some schedulers
-put two blocking processes on one core, where they need no wake-up, and in the next run apart. The peers take
-turns, round by round, so that what else the machine does falls on all of them; the first round only warms
-up. What a bench on loopback leaves out is the link: see
+and server are two processes. Each has half of the cores to itself, as two machines would: left alone, some
+schedulers put two blocking processes on one core, where they need no wake-up, and in the next run apart. The
+peers take turns, round by round, so that what else the machine does falls on all of them; the first round
+only warms up. What a bench on loopback leaves out is the link: see
 `splitinfer bench --rtt`.
 
 Needs the `bench` extra. The last line is JSON.
@@ -38,6 +38,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.cores import halves
 from bench.transport_peers import BULK_NBYTES, PEERS, ROW_NBYTES, run_client, run_server
 
 WAIT_SECONDS: Final = 60.0
@@ -58,14 +59,14 @@ class Runner:
     flights: list[float] = field(default_factory=list)
 
     @classmethod
-    def start(cls, name: str, halves: tuple[set[int], set[int]]) -> Runner:
+    def start(cls, name: str, cores: tuple[set[int], set[int]]) -> Runner:
         spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe()
-        server = spawn.Process(target=run_server, args=(name, there, halves[0]), daemon=True)
+        server = spawn.Process(target=run_server, args=(name, there, cores[0]), daemon=True)
         server.start()
         address = receive(here, name, server)
         here, there = spawn.Pipe()
-        client = spawn.Process(target=run_client, args=(name, address, there, halves[1]), daemon=True)
+        client = spawn.Process(target=run_client, args=(name, address, there, cores[1]), daemon=True)
         client.start()
         return cls(name, server, client, here)
 
@@ -92,16 +93,10 @@ def receive(pipe: Connection, name: str, process: BaseProcess) -> Any:
     raise SystemExit(f"error: {name}: its process {state}")
 
 
-def halves_of(cores: set[int], apart: bool) -> tuple[set[int], set[int]]:
-    """The cores of servers and of clients."""
-    listed = sorted(cores)
-    return (set(listed[::2]), set(listed[1::2])) if apart and len(listed) > 1 else (cores, cores)
-
-
 def run(names: Sequence[str], rounds: int, share: float, apart: bool, console: Console) -> list[Runner]:
     """Measure all peers in turns. The first of `rounds` + 1 rounds is not counted."""
-    halves = halves_of(os.sched_getaffinity(0), apart)
-    runners = [Runner.start(name, halves) for name in names]
+    cores = halves(apart)
+    runners = [Runner.start(name, cores) for name in names]
     load = {what: max(int(count * share), 1) for what, count in LOAD.items()}
     try:
         with Progress(console=console, transient=True) as progress:
@@ -196,12 +191,8 @@ def main() -> None:
     share, apart = 0.2 if arguments.quick else 1.0, arguments.cores == "apart"
     records = summarise(run(names, arguments.rounds, share, apart, console))
     Console(width=None if sys.stdout.isatty() else 132).print(table_of(records, arguments.rounds))
-    machine = {
-        "cores": os.cpu_count(),
-        "used": arguments.cores,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
+    machine = {"cores": os.cpu_count(), "used": arguments.cores}
+    machine |= {"python": platform.python_version(), "system": platform.system()}
     print(
         json.dumps({"bench": "transport", "machine": machine, "rounds": arguments.rounds, "peers": records})
     )

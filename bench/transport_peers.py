@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import tempfile
 import threading
@@ -21,6 +20,8 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import uvloop
+
+from bench.cores import run_on
 
 __all__ = ["BULK_NBYTES", "PEERS", "ROW_NBYTES", "Peer", "run_client", "run_server"]
 
@@ -347,13 +348,13 @@ PEERS: Final = {
 
 def run_server(peer: str, pipe: Connection, cores: set[int]) -> None:
     """A server process on these cores: sends where it listens, then serves until it is terminated."""
-    os.sched_setaffinity(0, cores)
+    run_on(cores)
     uvloop.run(PEERS[peer]().serve(pipe.send))
 
 
 def run_client(peer: str, address: Any, pipe: Connection, cores: set[int]) -> None:
     """A client process on these cores: reads (what, how many), answers with seconds per call or calls/s."""
-    os.sched_setaffinity(0, cores)
+    run_on(cores)
     uvloop.run(drive(PEERS[peer](), address, pipe))
 
 

@@ -96,6 +96,7 @@ def test_options_that_a_system_lacks_are_left_out(monkeypatch: pytest.MonkeyPatc
     """macOS has neither TCP_USER_TIMEOUT nor TCP_KEEPIDLE."""
     for name in ("TCP_USER_TIMEOUT", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_NOTSENT_LOWAT"):
         monkeypatch.delattr(socket, name, raising=False)
+    monkeypatch.setattr("splitinfer.transport.endpoints.sys.platform", "darwin")
     with socket.socket() as sock:
         tune(sock)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
