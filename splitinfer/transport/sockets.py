@@ -214,6 +214,7 @@ class Link:
             return
         self.closed = True
         self._timer.cancel()
+        self._polling.came()  # nothing more will
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         if self._tls is not None:
