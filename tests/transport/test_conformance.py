@@ -252,13 +252,20 @@ def test_a_small_message_waits_for_one_chunk_of_a_large_one_at_most(pair: Pair) 
     async def handler(call: transport.Call) -> Reply:
         if call.tensors[0].nbytes == len(sign):
             await taps[1].holds(1 << 20)
-            replied.append(len(taps[1].stream))
         return Reply(call.tensors)
 
     async def work() -> None:
         async with pair(handler) as (server, channel):
             (peer,) = server.peers
             taps[:] = Tap(channel._session.link), Tap(peer.link)
+            reply = peer.connection.reply
+
+            def replying(id: int, tensors: Any, meta: Any) -> None:
+                if tensors[0].nbytes == len(sign):
+                    replied.append(len(taps[1].stream))
+                reply(id, tensors, meta)
+
+            peer.connection.reply = replying
             noise = np.random.default_rng(0).integers(0, 256, 16 << 20, np.uint8)
             large = channel.start("any", [noise])
             await taps[0].holds(1 << 20)
