@@ -169,12 +169,14 @@ def bits_per_token(model: str, text: str, tokens: int) -> tuple[dict[str, float]
     if tokenizer is None:
         raise SystemExit(f"error: {model} has no tokenizer")
     ids = torch.tensor(tokenizer.encode(text)[:tokens])
-    local = LocalExperts(ExpertBank(checkpoint))
+    config = checkpoint.config
+    everything = dict.fromkeys(range(config.num_hidden_layers), range(config.num_experts))
+    local = LocalExperts(ExpertBank(checkpoint, everything))
     seen: list[torch.Tensor] = []
     bits = {}
     for wire in (None, *WIRE_DTYPES):
         gemma = Gemma.load(checkpoint, RoundedExperts(local, wire, seen))  # type: ignore[arg-type]
-        cache = KVCache(checkpoint.config, "cpu", gemma.dtype)
+        cache = KVCache(config, "cpu", gemma.dtype)
         hidden = asyncio.run(gemma.forward([Segment(ids, cache)]))
         loss = torch.nn.functional.cross_entropy(gemma.logits(hidden)[:-1].double(), ids[1:])
         bits[wire or ""] = float(loss) / float(np.log(2))
