@@ -18,8 +18,8 @@ itself in the same run:
                  the dense network, which runs while the experts travel
 
 A prompt is measured against layers x round trip + the time of the same prompt in this process. Speeds of
-plain decoding do not depend on the text and are taken over fewer tokens; those of drafts are over several
-prompts. Every reply is compared with that of the model in this process: "same" tokens.
+plain decoding do not depend on the text and are taken over fewer tokens on slow links; those of drafts are
+over several prompts. Every reply is compared with that of the model in this process: "same" tokens.
 
 What it leaves out: bandwidth, lost packets, and machines of their own for the nodes: at short round trips
 client, link and nodes compete for this machine's cores. Ends with one JSON line.
@@ -83,6 +83,7 @@ STREAMS = 8
 PREFILL = 512  # tokens of the prompt that is timed
 LONG = 2048  # tokens of the prompt beside which another reply goes on
 WARM = 8
+LONG_TRIP = 0.01  # seconds of a round trip from which on plain decoding is measured over fewer tokens
 Reference = dict[int, tuple[int, ...]]  # by prompt: the reply of the model in this process
 
 
@@ -330,10 +331,12 @@ async def measure(
         if not way.overlap:
             engine.model.experts = Late(engine.model.experts)
         await engine.generate(prompt_of(engine, 0), max_tokens=WARM, ignore_eos=True)
+        tokens = arguments.plain_tokens if rtt >= LONG_TRIP else arguments.tokens
         if way.streams > 1:
-            figures = await several_at_once(engine, arguments.plain_tokens, sampling, local)
+            figures = await several_at_once(engine, tokens, sampling, local)
             return figures, {"round_trip": measured, **await prompt_figures(engine, local, measured)}
-        prompts, tokens = (len(PROMPTS), arguments.tokens) if way.drafts else (1, arguments.plain_tokens)
+        prompts = len(PROMPTS) if way.drafts else 1
+        tokens = arguments.tokens if way.drafts else tokens
         return await one_at_a_time(engine, prompts, tokens, sampling, local, measured), {}
 
 
@@ -383,7 +386,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--rtt", default="0.2ms,2ms,20ms", help="round trips, separated by commas")
     parser.add_argument("--tokens", type=int, default=128, help="of each reply with drafts")
-    parser.add_argument("--plain-tokens", type=int, default=48, help="of each reply without")
+    parser.add_argument("--plain-tokens", type=int, default=48, help="of each reply without, from 10 ms on")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: greedy; the seed is the round's")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--plot", help="a PNG file")
