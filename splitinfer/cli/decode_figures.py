@@ -24,6 +24,8 @@ def table_of(found: Sequence[Decoded]) -> Table:
     from rich.table import Table
 
     title = "tokens/s, predicted and measured"
+    if any(case.disturbed for case in found):
+        title += "; * other programs took a part of the cores"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("link", "nodes", "case"):
         table.add_column(name, no_wrap=True)
@@ -40,7 +42,7 @@ def table_of(found: Sequence[Decoded]) -> Table:
             f"{case.predicted.tokens_per_second:.3g}",
             f"{case.measured:.3g}",
             f"[bold red]{case.ratio:.2f}[/]" if off else f"{case.ratio:.2f}",
-            case.predicted.binds + (f"; others took {case.others:.1f} cores" if case.disturbed else ""),
+            case.predicted.binds + (" *" if case.disturbed else ""),
             end_section=last,
         )
     return table

@@ -58,7 +58,7 @@ def _comparison(planned: Planned) -> Table:
     from rich.table import Table
 
     names = ", ".join(machine.name for machine in planned.machines)
-    title = f"ways to cut it: GiB ({names}), tokens/s"
+    title = f"ways to cut it, and layers kept here: GiB ({names}), tokens/s"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for name in ("GiB", "plain", "drafted", f"{STREAMS} streams"):

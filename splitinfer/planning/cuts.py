@@ -65,7 +65,7 @@ class Cut:
     def name(self) -> str:
         if not self.parts:
             return "everything here"
-        return f"{self.kind}, {len(self.local)} layers here" if self.local else self.kind
+        return f"{self.kind}, {len(self.local)} here" if self.local else self.kind
 
 
 def usable(memory: int) -> int:

@@ -138,7 +138,7 @@ def test_the_ways_for_two_boxes() -> None:
 
 def test_layers_stay_where_the_client_has_room() -> None:
     cuts = ways_to_cut(INT4, 8 * GIB, machines(16), 8192)
-    assert [cut.name for cut in cuts] == ["by experts", "by experts, 9 layers here"]
+    assert [cut.name for cut in cuts] == ["by experts", "by experts, 9 here"]
     assert cuts[1].parts[0].flags(INT4) == "--layers 9-29"
     assert cuts[0].parts[0].flags(INT4) == ""
 
