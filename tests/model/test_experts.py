@@ -12,6 +12,9 @@ from splitinfer.errors import PlacementError, SplitinferError, UsageError
 from splitinfer.fixed_point import from_fixed
 from splitinfer.model.compute import INLINE_ROWS
 from splitinfer.model.experts import ExpertBank, LocalExperts
+from splitinfer.model.linear import matrix_of
+from splitinfer.model.native import Matrix, kernels
+from splitinfer.model.quantize import quantize
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline
 from tests.checkpoints import tiny_config, write_checkpoint
@@ -199,3 +202,31 @@ def test_local_experts(checkpoint: Checkpoint, rows: int) -> None:
 
     assert torch.equal(asyncio.run(call()), bank.forward(LAYER, x, index, weights))
     assert list(timeline.seconds) == [("experts", LAYER)]
+
+
+@pytest.mark.skipif(kernels() is None, reason="the kernels could not be built here")
+@pytest.mark.parametrize("format", ["float32", "int8", "int4"])
+def test_neither_rows_nor_threads_change_a_row(format: str) -> None:
+    """Large enough for threads to share the work; up to 16 rows they take longer strips of channels."""
+    built = kernels()
+    assert built is not None
+    generator = torch.Generator().manual_seed(3)
+    packed = [
+        [quantize(torch.randn(shape, generator=generator), format) for shape in ((140, 330), (330, 70))]
+        for _ in range(5)
+    ]
+    gate_up, down = ((Matrix * 5)(*(matrix_of(pair[i]) for pair in packed)) for i in (0, 1))
+    x = torch.randn(20, 330, generator=generator)
+    index = torch.rand(20, 5, generator=generator).topk(3, dim=-1).indices
+    weights = torch.rand(20, 3, generator=generator)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for rows in (1, 4, 16, 17, 20):
+                out = torch.empty(rows, 330)
+                found.append(built.experts(gate_up, down, x[:rows], index[:rows], weights[:rows], out))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, found[-1][: len(out)]) for out in found)

@@ -5,6 +5,9 @@
 
 enum { SUM_FLOAT32, SUM_BFLOAT16, SUM_FIXED }; /* what the sums are written as */
 
+/* Up to so many rows a thread takes long strips of channels, for it reads one expert's weights in one run. */
+enum { FEW = 16 };
+
 typedef struct {
     float *memory;        /* all that follows lies in here */
     Rows source, hidden;  /* x [rows, H] and the activations [places, I], as the products want them */
@@ -89,27 +92,32 @@ static void activate(const Plan *p, const Matrix *down, int64_t place, float wei
     prepare_row(down, p->hidden, place);
 }
 
-/* One unit of the output's channels: every expert in ascending order adds to its rows. */
-static void down_and_sum(const Plan *p, const Matrix *matrices, int64_t n, int64_t used, int64_t unit,
-                         int64_t rows, const float *weights, float *total, void *out, int out_bfloat16) {
-    const int64_t channels = smaller(UNIT, n - unit * UNIT);
+/* Adds the products of one expert's rows with one unit of channels to their sums in total [rows, UNIT]. */
+static void add_expert(const Plan *p, const Matrix *matrices, int32_t e, int64_t unit, const float *weights,
+                       float *total) {
     float part[CHUNK * UNIT];
-    memset(total, 0, (size_t)(rows * UNIT) * 4);
-    for (int64_t u = 0; u < used; u++) {
-        const int32_t e = p->used[u];
-        for (int64_t first = p->begin[e]; first < p->begin[e + 1]; first += CHUNK) {
-            int64_t count = smaller(CHUNK, p->begin[e + 1] - first);
-            unit_product(matrices + e, rows_from(p->hidden, first), 0, count, unit, part);
-            for (int64_t i = 0; i < count; i++) {
-                float *sum = total + p->row[first + i] * UNIT;
-                vf weight = all(weights[p->order[first + i]]);
-                for (int64_t c = 0; c < UNIT; c += VL)
-                    store(sum + c, load(sum + c) + weight * load(part + i * UNIT + c));
-            }
+    for (int64_t first = p->begin[e]; first < p->begin[e + 1]; first += CHUNK) {
+        int64_t count = smaller(CHUNK, p->begin[e + 1] - first);
+        unit_product(matrices + e, rows_from(p->hidden, first), 0, count, unit, part);
+        for (int64_t i = 0; i < count; i++) {
+            float *sum = total + p->row[first + i] * UNIT;
+            vf weight = all(weights[p->order[first + i]]);
+            for (int64_t c = 0; c < UNIT; c += VL) store(sum + c, load(sum + c) + weight * load(part + i * UNIT + c));
         }
     }
-    for (int64_t r = 0; r < rows; r++)
-        write_row(total + r * UNIT, channels, out, out_bfloat16, r * n + unit * UNIT);
+}
+
+/* Units `unit` to `end` of the output's channels: every expert in ascending order adds to its rows. */
+static void down_and_sum(const Plan *p, const Matrix *matrices, int64_t n, int64_t used, int64_t unit, int64_t end,
+                         int64_t rows, const float *weights, float *total, void *out, int out_bfloat16) {
+    memset(total, 0, (size_t)((end - unit) * rows * UNIT) * 4);
+    for (int64_t u = 0; u < used; u++)
+        for (int64_t i = unit; i < end; i++)
+            add_expert(p, matrices, p->used[u], i, weights, total + (i - unit) * rows * UNIT);
+    for (int64_t i = unit; i < end; i++)
+        for (int64_t r = 0; r < rows; r++)
+            write_row(total + ((i - unit) * rows + r) * UNIT, smaller(UNIT, n - i * UNIT), out, out_bfloat16,
+                      r * n + i * UNIT);
 }
 
 /* The same in fixed point, of rows that have their weights already; returns whether a sum left its range. */
@@ -151,27 +159,31 @@ int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t expert
         return 1;
     }
     const int64_t held = plan.begin[experts], pieces = plan.piece[used] * units_of(first->n);
+    const int64_t units = units_of(second->n), strip = rows <= FEW ? (units + 2 * threads - 1) / (2 * threads) : 1;
     int failed = 0, out_of_range = 0;
 #pragma omp parallel num_threads(threads) if (held * width * first->n > PARALLEL_FROM)
     {
-        void *total = aligned_alloc(64, (size_t)(rows * UNIT) * 8);
+        void *total = aligned_alloc(64, (size_t)(strip * rows * UNIT) * 8);
         if (!total) failed = 1;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             copy_row(x, x_bfloat16, r * width, width, plan.source.x + r * plan.source.stride, plan.source.stride);
             prepare_row(first, plan.source, r);
         }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
         for (int64_t piece = 0; piece < pieces; piece++) gate_and_up(&plan, gate_up, used, piece);
 #pragma omp for schedule(static)
         for (int64_t place = 0; place < held; place++)
             activate(&plan, second, place, out_kind == SUM_FIXED ? weights[plan.order[place]] : 1.0f);
 #pragma omp for schedule(dynamic) reduction(| : out_of_range)
-        for (int64_t unit = 0; unit < units_of(second->n); unit++)
-            if (total && out_kind == SUM_FIXED)
-                out_of_range |= down_and_sum_fixed(&plan, down, second->n, used, unit, rows, total, out);
-            else if (total)
-                down_and_sum(&plan, down, second->n, used, unit, rows, weights, total, out, out_kind == SUM_BFLOAT16);
+        for (int64_t unit = 0; unit < units; unit += strip) {
+            const int64_t end = smaller(units, unit + strip);
+            for (int64_t i = unit; total && out_kind == SUM_FIXED && i < end; i++)
+                out_of_range |= down_and_sum_fixed(&plan, down, second->n, used, i, rows, total, out);
+            if (total && out_kind != SUM_FIXED)
+                down_and_sum(&plan, down, second->n, used, unit, end, rows, weights, total, out,
+                             out_kind == SUM_BFLOAT16);
+        }
         free(total);
     }
     free(plan.memory);
