@@ -154,7 +154,7 @@ def test_attention_over_int8(
     held = Held(codes[0], codes[1], scales[0], scales[1]).part(3, 3 + seen)
     found = BUILT.attend(queries, *held, window=window)
     expected = attention(queries, *held.widened(torch.float32), window)
-    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    tolerance = 2**-9 if dtype == torch.float32 else 2**-7  # queries become 16-bit integers for int8 keys
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
     for row in range(rows):
         end = before + row + 1

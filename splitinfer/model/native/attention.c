@@ -43,6 +43,7 @@ static void score(const Call *c, const Tile *t, int64_t pairs, float *queries, f
     for (int64_t i = 0; i < pairs; i++) {
         int64_t from = ((t->row + i / t->heads) * c->heads + t->head + i % t->heads) * c->size;
         copy_row(c->queries, c->bfloat16, from, c->size, rows.x + i * rows.stride, rows.stride);
+        prepare_row(&keys, rows, i);
     }
     float part[CHUNK * UNIT];
     for (int64_t unit = 0; unit < units_of(keys.n); unit++) {
@@ -69,6 +70,23 @@ static float exponentials(float *scores, int64_t lo, int64_t hi, int64_t width) 
     return sum_of(sum);
 }
 
+INLINE vf whole_numbers(const int8_t *p) { /* VL bytes, as floats */
+    typedef int8_t bytes __attribute__((vector_size(VL)));
+    bytes each;
+    memcpy(&each, p, VL);
+#if defined(__AVX512F__)
+    return from_integers((vi)_mm512_cvtepi8_epi32((__m128i)each));
+#elif defined(__AVX2__)
+    return from_integers((vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    return from_integers(__builtin_convertvector(each, vi));
+#endif
+}
+
+INLINE float one_value(const int stored, const void *values, int64_t i) {
+    return stored == INT8 ? ((const int8_t *)values)[i] : widened_end(stored, values, i, 1)[0];
+}
+
 /* out [R, C vectors] = sum over keys of weight * value, columns `d` to `d` + C * VL. */
 INLINE void value_tile(const int R, const int C, const int stored, const Call *c, const uint8_t *values,
                        const float *weights, int64_t width, int64_t count, int64_t d, float *out,
@@ -78,7 +96,7 @@ INLINE void value_tile(const int R, const int C, const int stored, const Call *c
     for (int64_t s = 0; s < count; s++)
         UNROLL for (int v = 0; v < C; v++) {
             int64_t i = s * c->size + d + v * VL;
-            vf f = widened(stored, values, i);
+            vf f = stored == INT8 ? whole_numbers((const int8_t *)values + i) : widened(stored, values, i);
             UNROLL for (int r = 0; r < R; r++)
                 acc[r][v] = fused(all(weights[r * width + s]), f, acc[r][v]);
         }
@@ -107,7 +125,7 @@ INLINE void weigh(const int stored, const Call *c, const Tile *t, int64_t pairs,
         for (int64_t r = 0; r < pairs; r++) {
             float sum = 0.0f;
             for (int64_t s = 0; s < count; s++)
-                sum += weights[r * width + s] * widened_end(stored, values, s * size + d, 1)[0];
+                sum += weights[r * width + s] * one_value(stored, values, s * size + d);
             out[r * stride + d] = sum;
         }
 }
