@@ -36,7 +36,7 @@ import splitinfer
 from splitinfer import transport
 from splitinfer.cli.console import prepare_threads
 from splitinfer.cli.processes import node_process
-from splitinfer.model.footprint import PROGRAM_NBYTES, Sizes
+from splitinfer.model.footprint import PROGRAM_NBYTES, Sizes, working_nbytes
 from splitinfer.model.weights import Checkpoint
 from splitinfer.placement import Holding
 
@@ -173,7 +173,8 @@ def main() -> None:
     pair = together(halves[0])
     here, nodes = whole(client, halves, arguments.context)
     half = PROGRAM_NBYTES + Sizes.of(Checkpoint.open(halves[0])).experts(range(arguments.layers), 64)
-    total = Sizes.of(Checkpoint.open(client)).client(arguments.context).total
+    model = Checkpoint.open(client)
+    total = Sizes.of(model).client(arguments.context).total + working_nbytes(model.config)
     sized = {"shard": nbytes(halves[0]), "estimate": half}
     records = {"node, alone": lone | sized}
     records |= {f"one of two on a shard, {i}": figures | sized for i, figures in enumerate(pair)}

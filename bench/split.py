@@ -2,6 +2,8 @@
 
     python bench/make_checkpoint.py --layers 6 /path/to/model       # random weights, true shapes
     python bench/split.py /path/to/model --nodes 2
+    python bench/random_shard.py --layers 6 /path/to/shard          # the same in int4
+    python bench/split.py /path/to/shard --nodes 1
 
 Rounds alternate between the split run and the same model with its experts in this process, so that both see
 the same machine. What it leaves out: a real network; everything here crosses loopback, on shared cores.

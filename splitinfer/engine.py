@@ -28,7 +28,7 @@ from splitinfer.model.experts import Experts, LocalExperts
 from splitinfer.model.gemma import Gemma
 from splitinfer.model.hub import check_model, resolve_model
 from splitinfer.model.native import arithmetic
-from splitinfer.model.pipeline import IN_FLIGHT, prefill
+from splitinfer.model.pipeline import IN_FLIGHT, PREFILL_ROWS, prefill
 from splitinfer.model.sampling import Sampler, SamplingParams
 from splitinfer.model.tokenizer import StreamDecoder, Tokenizer
 from splitinfer.model.weights import Checkpoint
@@ -38,7 +38,6 @@ from splitinfer.trace import check_trace, write_trace
 
 __all__ = ["AsyncEngine", "EngineConfig", "Prompt"]
 
-PREFILL_ROWS = 512  # rows of one prefill step: bounds memory and the size of an expert call
 DEFAULT_MAX_TOKENS = 256
 
 

@@ -99,7 +99,7 @@ async def _measure(
 ) -> dict[str, CallFigures]:
     """The figures by kind of call."""
     from splitinfer.dispatch import RemoteExperts
-    from splitinfer.engine import PREFILL_ROWS
+    from splitinfer.model.pipeline import PREFILL_ROWS
 
     config = checkpoint.config
     async with AsyncExitStack() as stack:

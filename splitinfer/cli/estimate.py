@@ -23,6 +23,7 @@ _NAMES = {
     "lm_head": "lm_head",
     "other": "norms and router",
     "cache": "keys and values",
+    "working": "rows under way",
     "program": "program",
 }
 
@@ -58,8 +59,11 @@ def print_node(settings: Settings) -> None:
 
 def print_client(settings: Settings) -> None:
     """The memory of `splitinfer generate` or `chat` with these settings. Raises as opening the model does."""
+    from dataclasses import asdict
+
     from splitinfer.engine_config import EngineConfig
     from splitinfer.mixed import chosen_layers
+    from splitinfer.model.footprint import working_nbytes
     from splitinfer.placement import format_ranges
 
     checkpoint = _open(settings)
@@ -81,7 +85,8 @@ def print_client(settings: Settings) -> None:
     if settings.nodes:
         kept = chosen_layers(checkpoint, settings.local_layers, settings.local_memory, dtype, quant.experts)
     held = sizes.client(context, kept, int8_cache=engine.int8_cache())
-    parts = {name: getattr(held, name) for name in _NAMES if getattr(held, name)}
+    found = asdict(held) | {"working": working_nbytes(config)}
+    parts = {name: found[name] for name in _NAMES if found[name]}
     notes = {name: sizes.formats(name) for name in ("attention", "dense", "embeddings", "lm_head")}
     if "lm_head" not in parts:
         notes["embeddings"] += ", lm_head too"
@@ -91,6 +96,7 @@ def print_client(settings: Settings) -> None:
         notes["experts"] = f"{sizes.formats('experts', kept)}, layers {format_ranges(kept)}"
     kind = settings.kv_cache or str(sizes.dtype).removeprefix("torch.")
     notes["cache"] = f"one sequence of {context:,} tokens, {kind}"
+    notes["working"] = "steps of a long prompt"
     notes["program"] = "Python and PyTorch"
     _print_table("this machine", parts, notes)
     away = [layer for layer in every if layer not in kept]

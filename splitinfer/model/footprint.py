@@ -15,11 +15,12 @@ import torch
 
 from splitinfer.model.cache import MARGIN, ROLLBACK, grown
 from splitinfer.model.config import ModelConfig
+from splitinfer.model.pipeline import IN_FLIGHT, PREFILL_ROWS
 from splitinfer.model.quantize import QuantConfig, format_of, packed_nbytes
 from splitinfer.model.sharding import format_for, is_matrix
 from splitinfer.model.weights import Checkpoint, expected_tensors
 
-__all__ = ["PROGRAM_NBYTES", "Footprint", "Sizes", "cache_nbytes"]
+__all__ = ["PROGRAM_NBYTES", "Footprint", "Sizes", "cache_nbytes", "working_nbytes"]
 
 PROGRAM_NBYTES = 260 << 20  # Python, PyTorch and this package, before any weight: what a process always has
 FLOATING = ("float32", "bfloat16")
@@ -179,6 +180,16 @@ def cache_nbytes(config: ModelConfig, tokens: int, itemsize: int = 2, *, int8: b
         row = attention.head_dim + 2 if int8 else attention.head_dim * itemsize
         total += 2 * capacity * attention.num_key_value_heads * row
     return total
+
+
+def working_nbytes(config: ModelConfig) -> int:
+    """Bytes of a prompt's rows under way: float32, as wide as the widest of what a layer makes of them. A
+    measured allowance (bench/memory.py), not a sum of buffers."""
+    heads = max(
+        a.head_dim * (config.num_attention_heads + 2 * a.num_key_value_heads) for a in config.attention
+    )
+    width = heads + 2 * config.intermediate_size + 8 * config.hidden_size
+    return IN_FLIGHT * PREFILL_ROWS * width * 4
 
 
 def _part(name: str) -> str:

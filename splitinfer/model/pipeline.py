@@ -19,8 +19,9 @@ from splitinfer.model.front import Front
 from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.timing import Timeline
 
-__all__ = ["IN_FLIGHT", "prefill"]
+__all__ = ["IN_FLIGHT", "PREFILL_ROWS", "prefill"]
 
+PREFILL_ROWS = 512  # rows of one prefill step: bounds memory and the size of an expert call
 IN_FLIGHT = 4  # chunks at a time: bounds memory, and what waits at the nodes before other sequences' rows
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from splitinfer.cli.console import human_size
 from splitinfer.model.experts import ExpertBank
-from splitinfer.model.footprint import PROGRAM_NBYTES, Sizes
+from splitinfer.model.footprint import PROGRAM_NBYTES, Sizes, working_nbytes
 from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.sharding import plan_shard, write_shard
 from splitinfer.model.weights import Checkpoint
@@ -48,7 +48,8 @@ def test_everything_here(cli: Cli, models: dict[str, Path], kind: str) -> None:
     bank = ExpertBank(model, dict.fromkeys(range(4), range(11)))
     assert line(out, "experts").startswith(human_size(bank.nbytes) + " ")
     parts = Sizes.of(model).client(40, range(4))
-    assert out.startswith(f"this machine takes {human_size(parts.total)} ")
+    total = parts.total + working_nbytes(model.config)
+    assert out.startswith(f"this machine takes {human_size(total)} ")
     assert line(out, "embeddings").endswith(", lm_head too")
     assert "one sequence of 40 tokens" in line(out, "keys and values")
 
