@@ -174,7 +174,8 @@ def main() -> None:
     here, nodes = whole(client, halves, arguments.context)
     half = PROGRAM_NBYTES + Sizes.of(Checkpoint.open(halves[0])).experts(range(arguments.layers), 64)
     model = Checkpoint.open(client)
-    total = Sizes.of(model).client(arguments.context).total + working_nbytes(model.config)
+    total = Sizes.of(model).client(arguments.context).total
+    total += working_nbytes(model.config, arguments.context)
     sized = {"shard": nbytes(halves[0]), "estimate": half}
     records = {"node, alone": lone | sized}
     records |= {f"one of two on a shard, {i}": figures | sized for i, figures in enumerate(pair)}

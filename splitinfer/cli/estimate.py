@@ -85,7 +85,7 @@ def print_client(settings: Settings) -> None:
     if settings.nodes:
         kept = chosen_layers(checkpoint, settings.local_layers, settings.local_memory, dtype, quant.experts)
     held = sizes.client(context, kept, int8_cache=engine.int8_cache())
-    found = asdict(held) | {"working": working_nbytes(config)}
+    found = asdict(held) | {"working": working_nbytes(config, context)}
     parts = {name: found[name] for name in _NAMES if found[name]}
     notes = {name: sizes.formats(name) for name in ("attention", "dense", "embeddings", "lm_head")}
     if "lm_head" not in parts:

@@ -182,14 +182,14 @@ def cache_nbytes(config: ModelConfig, tokens: int, itemsize: int = 2, *, int8: b
     return total
 
 
-def working_nbytes(config: ModelConfig) -> int:
+def working_nbytes(config: ModelConfig, context: int) -> int:
     """Bytes of a prompt's rows under way: float32, as wide as the widest of what a layer makes of them. A
     measured allowance (bench/memory.py), not a sum of buffers."""
     heads = max(
         a.head_dim * (config.num_attention_heads + 2 * a.num_key_value_heads) for a in config.attention
     )
     width = heads + 2 * config.intermediate_size + 8 * config.hidden_size
-    return IN_FLIGHT * PREFILL_ROWS * width * 4
+    return min(IN_FLIGHT * PREFILL_ROWS, context) * width * 4
 
 
 def _part(name: str) -> str:

@@ -48,7 +48,7 @@ def test_everything_here(cli: Cli, models: dict[str, Path], kind: str) -> None:
     bank = ExpertBank(model, dict.fromkeys(range(4), range(11)))
     assert line(out, "experts").startswith(human_size(bank.nbytes) + " ")
     parts = Sizes.of(model).client(40, range(4))
-    total = parts.total + working_nbytes(model.config)
+    total = parts.total + working_nbytes(model.config, 40)
     assert out.startswith(f"this machine takes {human_size(total)} ")
     assert line(out, "embeddings").endswith(", lm_head too")
     assert "one sequence of 40 tokens" in line(out, "keys and values")
