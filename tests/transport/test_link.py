@@ -100,12 +100,17 @@ def best_of_three(measure: Callable[[], float]) -> float:
 @pytest.mark.parametrize("rtt", [0.0, 0.0002, 0.002, 0.02])
 def test_the_median_delay_is_right_within_a_fifth_of_a_millisecond(echo: EchoServer, rtt: float) -> None:
     count = 30 if rtt >= 0.02 else 100
+    tries = []
     with EmulatedLink(LinkSpec(rtt=rtt), echo.address) as link:
-        # The ends themselves take longer to wake after a rest: what a round trip costs without the link, so
-        # paced.
-        own = best_of_three(lambda: median_round_trip(echo.port, 20, pause=rtt))
-        excess = best_of_three(lambda: median_round_trip(link.port, count)) - rtt
-    assert -0.0002 < excess < own + 0.0002
+        for _ in range(6):  # what else the machine does comes and goes; a wrong delay stays
+            # The ends themselves take longer to wake after a rest: what a round trip costs without the link,
+            # so paced.
+            own = median_round_trip(echo.port, 20, pause=rtt)
+            excess = median_round_trip(link.port, count) - rtt
+            if -0.0002 < excess < own + 0.0002:
+                return
+            tries.append((excess, own))
+    pytest.fail(f"beyond the round trip, and that of the ends alone, in seconds: {tries}")
 
 
 def test_jitter_spreads_around_the_delay(echo: EchoServer) -> None:
