@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from splitinfer.cli.console import human_size
-from splitinfer.cli.session import model_of
+from splitinfer.cli.session import engine_settings, model_of
 from splitinfer.config import Settings
 
 if TYPE_CHECKING:
@@ -68,16 +68,7 @@ def print_client(settings: Settings) -> None:
 
     checkpoint = _open(settings)
     config = checkpoint.config
-    engine = EngineConfig(
-        dtype=settings.dtype,
-        context=settings.context,
-        quant=settings.quant,
-        quant_attention=settings.quant_attention,
-        quant_dense=settings.quant_dense,
-        quant_embeddings=settings.quant_embeddings,
-        quant_lm_head=settings.quant_lm_head,
-        kv_cache=settings.kv_cache,
-    )
+    engine = EngineConfig(**engine_settings(settings))
     context, quant, dtype = engine.context_of(config), engine.quant_config(), engine.torch_dtype()
     sizes = _sizes(checkpoint, quant, dtype)
     every = tuple(range(config.num_hidden_layers if config.enable_moe_block else 0))
