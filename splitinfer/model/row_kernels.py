@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +21,21 @@ class RowKernels(TorchRows):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-        self._norm = library.splitinfer_norm
-        self._norm.argtypes = [pointer, integer, size, size, pointer, real, pointer, integer, integer]
-        self._residual = library.splitinfer_residual
-        self._residual.argtypes = [
-            pointer,
-            pointer,
-            integer,
-            size,
-            size,
-            pointer,
-            real,
-            *[pointer] * 7,
-            integer,
-        ]
-        self._combine = library.splitinfer_combine
-        self._combine.argtypes = [pointer] * 3 + [integer, size, size, pointer, pointer, real, real, pointer]
-        self._combine.argtypes += [integer]
-        self._heads = library.splitinfer_heads
-        self._heads.argtypes = [
+
+        def bind(name: str, *types: Any) -> Any:
+            function = library[f"splitinfer_{name}"]
+            function.argtypes = types
+            return function
+
+        self._norm = bind("norm", pointer, integer, size, size, pointer, real, pointer, integer, integer)
+        self._residual = bind(
+            "residual", pointer, pointer, integer, size, size, pointer, real, *[pointer] * 7, integer
+        )
+        self._combine = bind(
+            "combine", *[pointer] * 3, integer, size, size, pointer, pointer, real, real, pointer, integer
+        )
+        self._heads = bind(
+            "heads",
             pointer,
             *[size] * 6,
             integer,
@@ -48,15 +45,13 @@ class RowKernels(TorchRows):
             real,
             pointer,
             pointer,
-        ]
-        self._heads.argtypes += [integer, integer]
-        self._gated = library.splitinfer_gated
-        self._gated.argtypes = [pointer, size, size, pointer, integer]
-        self._choose = library.splitinfer_choose
-        self._choose.argtypes = [pointer, size, size, size, pointer, pointer, pointer]
-
-        self._attention_in = library.splitinfer_attention_in
-        self._attention_in.argtypes = [
+            integer,
+            integer,
+        )
+        self._gated = bind("gated", pointer, size, size, pointer, integer)
+        self._choose = bind("choose", pointer, size, size, size, pointer, pointer, pointer)
+        self._attention_in = bind(
+            "attention_in",
             pointer,
             integer,
             pointer,
@@ -67,24 +62,27 @@ class RowKernels(TorchRows):
             size,
             size,
             integer,
-        ]
-        self._attention_in.argtypes += [*[pointer] * 5, integer, integer]
-        self._attention_out = library.splitinfer_attention_out
-        self._attention_out.argtypes = [*[pointer] * 4, integer, size, pointer, real, *[pointer] * 6]
-        self._attention_out.argtypes += [size, pointer, pointer, pointer, integer]
-        self._mlp = library.splitinfer_mlp
-        self._mlp.argtypes = [
-            pointer,
+            *[pointer] * 5,
             integer,
-            pointer,
-            pointer,
+            integer,
+        )
+        self._attention_out = bind(
+            "attention_out",
+            *[pointer] * 4,
+            integer,
             size,
             pointer,
             real,
+            *[pointer] * 6,
+            size,
+            pointer,
+            pointer,
             pointer,
             integer,
-            integer,
-        ]
+        )
+        self._mlp = bind(
+            "mlp", pointer, integer, pointer, pointer, size, pointer, real, pointer, integer, integer
+        )
 
     def norm(self, x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
         """RMS norm [rows, n] times `weight` [n] float32, with one rounding."""
