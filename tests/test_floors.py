@@ -119,10 +119,10 @@ def test_transport_does_not_need_torch() -> None:
 
 
 def test_importing_splitinfer_is_light() -> None:
+    """Counted in modules, as seconds depend on what else the machine does."""
     check = (
-        "import sys, time; start = time.perf_counter(); import splitinfer; "
-        "took = time.perf_counter() - start; "
-        "sys.exit(1 if {'torch', 'numpy'} & set(sys.modules) else 2 if took > 0.3 else 0)"
+        "import sys; before = len(sys.modules); import splitinfer; "
+        "sys.exit(1 if {'torch', 'numpy'} & set(sys.modules) else 2 if len(sys.modules) - before > 60 else 0)"
     )
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
 

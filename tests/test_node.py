@@ -67,9 +67,9 @@ def test_a_wrong_call_is_refused_and_the_node_goes_on(checkpoint: Path, message:
         ):
             tensors, meta = rows(**REFUSED[message])
             with pytest.raises(SplitinferError, match=message):
-                await channel.call("experts", tensors, meta, timeout=5.0)
+                await channel.call("experts", tensors, meta, timeout=30.0)
             tensors, meta = rows()
-            reply = await channel.call("experts", tensors, meta, timeout=5.0)
+            reply = await channel.call("experts", tensors, meta, timeout=30.0)
             assert reply.tensors[0].shape == (2, HIDDEN)
 
     asyncio.run(ask())
@@ -149,7 +149,7 @@ def test_stopping_lets_the_calls_in_flight_finish(checkpoint: Path) -> None:
         await node.start()
         async with await transport.connect(node.address) as channel:
             tensors, meta = rows(400)
-            calls = [channel.start("experts", tensors, meta, timeout=20.0) for _ in range(8)]
+            calls = [channel.start("experts", tensors, meta, timeout=30.0) for _ in range(8)]
             await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             await node.stop()
             replies = await asyncio.gather(*calls)

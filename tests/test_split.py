@@ -253,7 +253,7 @@ class TestTrouble:
         async def swap() -> None:
             async with (
                 running(checkpoint, [(None, None)]) as nodes,
-                AsyncEngine(checkpoint, addresses(nodes), timeout=5.0) as engine,
+                AsyncEngine(checkpoint, addresses(nodes), timeout=30.0) as engine,
             ):
                 port = int(nodes[0].address.rpartition(":")[2])
                 await nodes[0].stop()
@@ -275,7 +275,7 @@ def test_a_missing_answer_is_never_zeros(checkpoint: Path) -> None:
             running(checkpoint, [("0-5", None)]) as nodes,
             await transport.connect(nodes[0].address) as channel,
         ):
-            await channel.call("experts", tensors, {"layer": 0, "out": "float32"}, timeout=5.0)
+            await channel.call("experts", tensors, {"layer": 0, "out": "float32"}, timeout=30.0)
 
     with pytest.raises(SplitinferError, match="7"):
         asyncio.run(ask())

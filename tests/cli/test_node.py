@@ -23,7 +23,7 @@ def test_it_says_what_it_holds_and_ends_at_a_signal(tiny: Path, number: signal.S
         assert address.startswith("127.0.0.1:")
         assert int(address.rpartition(":")[2]) > 0
         node.send_signal(number)
-        out, err = node.communicate(timeout=10)
+        out, err = node.communicate(timeout=60)
     assert (node.returncode, out, err.strip()) == (code, "", "")
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
 import torch
@@ -27,15 +26,16 @@ def test_few_rows_run_here_and_many_on_the_compute_thread() -> None:
 
 
 def test_the_loop_moves_while_many_rows_compute() -> None:
-    async def main() -> int:
-        turns = 0
-        job = asyncio.ensure_future(compute(INLINE_ROWS + 1, time.sleep, 0.1))
-        while not job.done():
-            turns += 1
-            await asyncio.sleep(0.005)
-        return turns
+    moved = threading.Event()
 
-    assert asyncio.run(main()) >= 5
+    async def main() -> bool:
+        job = asyncio.ensure_future(compute(INLINE_ROWS + 1, moved.wait, 30))
+        for _ in range(5):
+            await asyncio.sleep(0.001)
+        moved.set()
+        return await job
+
+    assert asyncio.run(main())
 
 
 def test_jobs_keep_their_order() -> None:
@@ -51,19 +51,21 @@ def test_jobs_keep_their_order() -> None:
 def test_a_cancelled_caller_waits_for_the_job() -> None:
     """However often it is cancelled: the job may be writing to the caller's cache."""
     finished: list[bool] = []
+    end = threading.Event()
 
     def job() -> None:
-        time.sleep(0.1)
-        finished.append(True)
+        finished.append(end.wait(30))
 
     async def main() -> None:
         task = asyncio.create_task(compute(INLINE_ROWS + 1, job))
         for _ in range(3):
             await asyncio.sleep(0.01)
             task.cancel()
+        assert not task.done()
+        end.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert finished
+        assert finished == [True]
 
     asyncio.run(main())
 
@@ -73,17 +75,22 @@ def test_errors_arrive() -> None:
         asyncio.run(compute(1000, lambda: 1 // 0))
 
 
-def test_a_kind_of_job_that_was_slow_leaves_the_loop_until_it_is_quick_again() -> None:
-    pause = [0.15]
+def test_a_kind_of_job_that_was_slow_leaves_the_loop_until_it_is_quick_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, takes = 0.0, 0.15
+    monkeypatch.setattr("splitinfer.model.compute.perf_counter", lambda: now)
 
     def slow_read() -> int:
-        time.sleep(pause[0])
+        nonlocal now
+        now += takes
         return threading.get_ident()
 
     async def ask() -> list[bool]:
+        nonlocal takes
         here = threading.get_ident()
         threads = [await compute(1, slow_read), await compute(1, slow_read)]
-        pause[0] = 0.0
+        takes = 0.0
         threads += [await compute(1, slow_read), await compute(1, slow_read), await compute(17, slow_read)]
         return [thread == here for thread in threads]
 

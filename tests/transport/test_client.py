@@ -24,10 +24,11 @@ from splitinfer.errors import (
     UsageError,
     VersionMismatch,
 )
-from splitinfer.transport import ClientConfig, Reply
+from splitinfer.transport import ClientConfig, Reply, client
 from splitinfer.transport.frames import ERROR, HELLO, pack_frame, pack_map
 from splitinfer.transport.link import EmulatedLink, LinkSpec
 from splitinfer.transport.protocol import Connection
+from tests.patience import until, with_more_time
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -60,8 +61,14 @@ async def again(address: str, info: Any = None) -> transport.Server:
 async def leave(server: transport.Server, channel: transport.Channel) -> None:
     """Close the server, and wait until the channel has noticed."""
     await server.close()
-    while channel.connected:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: not channel.connected)
+
+
+@pytest.fixture
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> float:
+    """No time passes for the channel, however long this machine takes."""
+    monkeypatch.setattr(client, "monotonic", lambda: 1000.0)
+    return 1000.0
 
 
 def test_a_call_leaves_before_start_returns() -> None:
@@ -102,15 +109,13 @@ def test_calls_in_flight_fail_at_once_and_the_next_one_connects_again() -> None:
     async def work() -> None:
         server = await again("127.0.0.1:0", {"run": 1})
         async with await transport.connect(server.address) as channel:
-            calls = [channel.start("sleep", (), {"seconds": 10}) for _ in range(3)]
+            calls = [channel.start("sleep", (), {"seconds": 60}) for _ in range(3)]
             await asyncio.sleep(0.02)
-            start = monotonic()
             await server.close()
             for call in calls:
                 with pytest.raises(ConnectionLost) as caught:
                     await call
                 assert caught.value.peer == channel.address
-            assert monotonic() - start < 0.5
             assert not channel.connected
             server = await again(channel.address, {"run": 2})
             assert (await channel.call("echo", [np.arange(3)])).tensors[0].numpy().tolist() == [0, 1, 2]
@@ -126,7 +131,7 @@ def test_a_call_waits_for_a_server_that_comes_back_in_time() -> None:
     async def work() -> None:
         server = await again("127.0.0.1:0")
         async with await transport.connect(
-            server.address, config=ClientConfig(reconnect_timeout=5)
+            server.address, config=ClientConfig(reconnect_timeout=15)
         ) as channel:
             await leave(server, channel)
             calls = [channel.start("echo", (), {"n": number}) for number in range(5)]
@@ -143,7 +148,7 @@ def test_a_call_waits_for_a_server_that_comes_back_in_time() -> None:
     run(work())
 
 
-def test_without_reconnect_timeout_there_is_one_attempt_and_then_a_pause() -> None:
+def test_without_reconnect_timeout_there_is_one_attempt_and_then_a_pause(stopped_clock: float) -> None:
     async def work() -> None:
         server = await again("127.0.0.1:0")
         async with await transport.connect(
@@ -151,34 +156,33 @@ def test_without_reconnect_timeout_there_is_one_attempt_and_then_a_pause() -> No
         ) as channel:
             await leave(server, channel)
             for _ in range(20):
-                start = monotonic()
                 with pytest.raises(LinkError):
                     await channel.call("echo")
-                assert monotonic() - start < 0.2
-            # Nobody hammers: most of these calls were refused without asking the network.
-            assert channel._failures < 5
+            # Nobody hammers: the other calls were refused without asking the network.
+            assert channel._failures == 1
+            assert stopped_clock < channel._retry_at <= stopped_clock + 0.05
 
     run(work())
 
 
 def test_attempts_are_spread_and_end() -> None:
-    async def work() -> None:
+    async def work(seconds: float) -> None:
         server = await again("127.0.0.1:0")
         async with await transport.connect(
-            server.address, config=ClientConfig(reconnect_timeout=0.6)
+            server.address, config=ClientConfig(reconnect_timeout=seconds)
         ) as channel:
             await leave(server, channel)
             start = monotonic()
             with pytest.raises(ConnectError) as caught:
                 await channel.call("echo")
-            assert 0.1 < monotonic() - start < 1.0
+            assert monotonic() - start > 0.1
             assert 2 <= channel._failures <= 8
             assert caught.value.remedy
 
-    run(work())
+    with_more_time(lambda unit: run(work(0.6 * unit)), 1, 4)
 
 
-def test_the_thousandth_failure_is_like_the_tenth() -> None:
+def test_the_thousandth_failure_is_like_the_tenth(stopped_clock: float) -> None:
     async def work() -> None:
         server = await again("127.0.0.1:0")
         config = ClientConfig(reconnect_timeout=0.05)
@@ -187,7 +191,7 @@ def test_the_thousandth_failure_is_like_the_tenth() -> None:
             channel._failures = 5000
             with pytest.raises(ConnectError):
                 await channel.call("echo")
-            assert 0.5 < channel._retry_at - monotonic() <= 2.0
+            assert 1.0 <= channel._retry_at - stopped_clock <= 2.0
 
     run(work())
 
@@ -196,15 +200,13 @@ def test_a_deadline_holds_while_connecting_too() -> None:
     async def work() -> None:
         server = await again("127.0.0.1:0")
         async with await transport.connect(
-            server.address, config=ClientConfig(reconnect_timeout=10)
+            server.address, config=ClientConfig(reconnect_timeout=60)
         ) as channel:
             await leave(server, channel)
-            start = monotonic()
             with pytest.raises(DeadlineExceeded):
                 await channel.call("echo", timeout=0.1)
             with pytest.raises(DeadlineExceeded):
                 await channel.ping(timeout=0.1)
-            assert monotonic() - start < 1
 
     run(work())
 
@@ -213,7 +215,7 @@ def test_a_call_that_waits_for_a_connection_can_be_cancelled() -> None:
     async def work() -> None:
         server = await again("127.0.0.1:0")
         async with await transport.connect(
-            server.address, config=ClientConfig(reconnect_timeout=10)
+            server.address, config=ClientConfig(reconnect_timeout=15)
         ) as channel:
             await leave(server, channel)
             gone, stays = channel.start("echo", (), {"n": 1}), channel.start("echo", (), {"n": 2})
@@ -278,9 +280,8 @@ def test_after_draining_the_next_server_is_found() -> None:
             await asyncio.sleep(0.02)
             with pytest.raises(Overloaded, match="draining"):
                 await channel.call("echo")
-            await server.close()
+            await leave(server, channel)
             server = await again(channel.address)
-            await asyncio.sleep(0.02)
             await channel.call("echo")
             await server.close()
 
@@ -293,7 +294,7 @@ def test_no_address(address: str) -> None:
         asyncio.run(transport.connect(address))
 
 
-async def dial(answer: bytes, *, seconds: float = 0.5) -> BaseException:
+async def dial(answer: bytes) -> BaseException:
     """What connecting to a server that says just this raises."""
 
     async def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -301,13 +302,14 @@ async def dial(answer: bytes, *, seconds: float = 0.5) -> BaseException:
         writer.write(answer)
         try:
             await writer.drain()
-            await asyncio.sleep(0 if answer else 5)
+            await asyncio.sleep(0 if answer else 60)
         finally:
             writer.close()
 
     server = await asyncio.start_server(on_client, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     try:
+        seconds = 15 if answer else 0.3
         await transport.connect(f"127.0.0.1:{port}", config=ClientConfig(connect_timeout=seconds))
     except Exception as error:
         return error
@@ -374,7 +376,7 @@ def test_errors_name_the_node_and_not_the_emulated_link(monkeypatch: pytest.Monk
     """Whether nobody is behind the emulator, or the emulator itself is gone."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gone = f"127.0.0.1:{listener.getsockname()[1]}"
-    config = ClientConfig(link=LinkSpec(rtt=0.001), connect_timeout=5)
+    config = ClientConfig(link=LinkSpec(rtt=0.001), connect_timeout=15)
 
     async def refused() -> None:
         with pytest.raises(ConnectError, match=gone) as caught:

@@ -34,6 +34,7 @@ from splitinfer.transport.link import LinkSpec
 from splitinfer.transport.security import Token
 from splitinfer.transport.sockets import Link
 from splitinfer.transport.tensors import DTYPES
+from tests.patience import until, with_more_time
 
 Pair = Callable[..., contextlib.AbstractAsyncContextManager[tuple[transport.Server, transport.Channel]]]
 
@@ -96,6 +97,11 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 def echo(call: transport.Call) -> Reply:
     return Reply(call.tensors, call.meta)
+
+
+def running(server: transport.Server) -> list[asyncio.Future[Any]]:
+    """What the server does for its clients at the moment."""
+    return [entry.task for peer in server.peers for entry in peer.running.values() if entry.task is not None]
 
 
 async def sleeper(call: transport.Call) -> Reply:
@@ -191,16 +197,26 @@ def test_meta_and_info(pair: Pair) -> None:
 def test_many_in_flight_answered_in_any_order(pair: Pair) -> None:
     async def work() -> None:
         async with pair(sleeper) as (_, channel):
-            order: list[float] = []
-            waits = [0.15, 0.1, 0.05, 0.0]
-            calls = [channel.start("s", [np.float32(w)], {"seconds": w}) for w in waits]
-            for call, wait in zip(calls, waits, strict=True):
-                call.add_done_callback(lambda _, wait=wait: order.append(wait))
-            replies = await asyncio.gather(*calls)
-            assert [reply.meta["slept"] for reply in replies] == waits
-            assert order == sorted(waits)
             many = await asyncio.gather(*[channel.call("s", (), {"seconds": 0.001 * i}) for i in range(100)])
             assert [round(reply.meta["slept"] * 1000) for reply in many] == list(range(100))
+
+    run(work())
+
+
+def test_replies_come_in_the_order_in_which_they_are_ready(pair: Pair) -> None:
+    async def work() -> None:
+        ready = [asyncio.Event() for _ in range(4)]
+
+        async def handler(call: transport.Call) -> Reply:
+            await ready[call.meta["n"]].wait()
+            return Reply((), call.meta)
+
+        async with pair(handler) as (_, channel):
+            calls = [channel.start("any", [np.float32(n)], {"n": n}) for n in range(4)]
+            for number in (2, 3, 1, 0):
+                assert not calls[number].done()
+                ready[number].set()
+                assert (await calls[number]).meta == {"n": number}
 
     run(work())
 
@@ -311,6 +327,10 @@ def test_errors_of_a_handler(pair: Pair, caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_deadlines_travel(pair: Pair) -> None:
+    with_more_time(lambda timeout: deadlines_travel(pair, timeout), 0.2, 3.0)
+
+
+def deadlines_travel(pair: Pair, timeout: float) -> None:
     left: list[float] = []
     ended: list[str] = []
 
@@ -326,13 +346,14 @@ def test_deadlines_travel(pair: Pair) -> None:
     async def work() -> None:
         async with pair(handler) as (_, channel):
             start = monotonic()
-            with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s") as caught:
-                await channel.call("late", timeout=0.2)
-            assert 0.15 < monotonic() - start < 1.0
-            assert caught.value.timeout == 0.2
+            with pytest.raises(DeadlineExceeded, match=rf"within {timeout:.3g} s") as caught:
+                await channel.call("late", timeout=timeout)
+            assert timeout - 0.05 < monotonic() - start < timeout + 5
+            assert caught.value.timeout == timeout
             assert isinstance(caught.value, TimeoutError)
-            assert 0.1 < left[0] <= 0.2
-            await asyncio.sleep(0.1)
+            assert left
+            assert timeout / 2 < left[0] <= timeout
+            await until(lambda: ended)
             assert ended == ["late"]
 
     run(work())
@@ -421,22 +442,29 @@ def test_streams(pair: Pair) -> None:
                         break
             with pytest.raises(LocalProtocolError, match="answers with a stream"):
                 await channel.call("count", (), {"n": 30, "size": 1})
-            await asyncio.sleep(0.05)
-            assert all(not peer.running for peer in server.peers)
+            await until(lambda: not running(server))
 
     run(work())
 
 
 def test_drain_answers_what_is_in_flight_and_refuses_the_rest(pair: Pair) -> None:
     async def work() -> None:
-        async with pair(sleeper) as (server, channel):
-            slow = channel.start("s", (), {"seconds": 0.2})
-            await asyncio.sleep(0.05)
-            draining = asyncio.create_task(server.drain(timeout=5))
-            await asyncio.sleep(0.05)
+        go_on = asyncio.Event()
+
+        async def handler(call: transport.Call) -> Reply:
+            await go_on.wait()
+            return Reply((), {"went": "on"})
+
+        async with pair(handler) as (server, channel):
+            slow = channel.start("any")
+            await until(lambda: running(server))
+            draining = asyncio.create_task(server.drain(timeout=15))
+            await asyncio.sleep(0)
             with pytest.raises(Overloaded, match="draining"):
-                await channel.call("s", (), {"seconds": 0})
-            assert (await slow).meta == {"slept": 0.2}
+                await channel.call("any")
+            assert not draining.done()
+            go_on.set()
+            assert (await slow).meta == {"went": "on"}
             assert await draining
 
     run(work())
@@ -445,8 +473,8 @@ def test_drain_answers_what_is_in_flight_and_refuses_the_rest(pair: Pair) -> Non
 def test_drain_gives_up_in_time(pair: Pair) -> None:
     async def work() -> None:
         async with pair(sleeper) as (server, channel):
-            slow = channel.start("s", (), {"seconds": 10})
-            await asyncio.sleep(0.05)
+            slow = channel.start("s", (), {"seconds": 60})
+            await until(lambda: running(server))
             assert not await server.drain(timeout=0.05)
             await server.close()
             with pytest.raises(ConnectionLost):
@@ -458,17 +486,16 @@ def test_drain_gives_up_in_time(pair: Pair) -> None:
 def test_closing_the_channel_fails_its_calls_and_cancels_their_work(pair: Pair) -> None:
     async def work() -> None:
         async with pair(sleeper) as (server, channel):
-            slow = channel.start("s", (), {"seconds": 10})
-            await asyncio.sleep(0.05)
-            running = [entry.task for peer in server.peers for entry in peer.running.values()]
-            assert len(running) == 1
+            slow = channel.start("s", (), {"seconds": 60})
+            await until(lambda: running(server))
+            (task,) = running(server)
             await channel.close()
             with pytest.raises(ConnectionLost, match="closed"):
                 await slow
             with pytest.raises(ConnectionLost, match="closed"):
                 await channel.call("s")
-            await asyncio.wait(running)
-            assert running[0].cancelled()
+            await asyncio.wait([task])
+            assert task.cancelled()
 
     run(work())
 
@@ -518,7 +545,7 @@ def test_what_the_server_cannot_send_fails_only_that_call(pair: Pair) -> None:
 def test_ping_and_stats(pair: Pair) -> None:
     async def work() -> None:
         async with pair(echo) as (_, channel):
-            assert 0 < await channel.ping() < 1
+            assert await channel.ping() > 0
             before = channel.stats
             await channel.call("any", [np.random.default_rng(0).integers(0, 256, 5632, np.uint8)])
             after = channel.stats

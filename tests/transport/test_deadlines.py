@@ -1,62 +1,96 @@
+"""On a loop and a clock of the test's own."""
+
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from math import inf
-from time import monotonic
+from typing import cast
 
+import pytest
+
+from splitinfer.transport import deadlines as module
 from splitinfer.transport.deadlines import Deadlines
 
 
-def test_the_sweep_comes_at_the_earliest_and_then_at_what_it_says() -> None:
-    async def work() -> list[float]:
-        start = monotonic()
-        swept: list[float] = []
+class Loop:
+    """Timers of one owner, who sets one at a time."""
 
-        def sweep(now: float) -> float:
-            swept.append(now - start)
-            return start + 0.1 if len(swept) == 1 else inf
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        self.timers: list[Loop] = []
+        self.due: Callable[[], None] | None = None
+        self.at = inf
+        monkeypatch.setattr(module, "monotonic", lambda: self.now)
 
-        deadlines = Deadlines(asyncio.get_running_loop(), sweep)
-        deadlines.watch(start + 0.2)
-        deadlines.watch(start + 0.05)
-        deadlines.watch(start + 0.3)
-        assert deadlines.at == start + 0.05
-        await asyncio.sleep(0.25)
-        assert deadlines.at == inf
-        return swept
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Loop:
+        assert self.due is None
+        self.at, self.due = self.now + seconds, callback
+        self.timers.append(self)
+        return self
 
-    first, second = asyncio.run(work())
-    assert 0.05 <= first < 0.1
-    assert 0.1 <= second < 0.2
+    def cancel(self) -> None:
+        self.due = None
 
-
-def test_a_later_deadline_sets_no_timer() -> None:
-    async def work() -> None:
-        loop = asyncio.get_running_loop()
-        deadlines = Deadlines(loop, lambda now: inf)
-        deadlines.watch(monotonic() + 5)
-        timer = deadlines._timer
-        for late in range(6, 20):
-            deadlines.watch(monotonic() + late)
-        assert deadlines._timer is timer
-        deadlines.close()
-        assert deadlines.at == inf
-
-    asyncio.run(work())
+    def run(self, until: float) -> None:
+        """Time passes; a timer comes a tenth of a millisecond early, as those of asyncio may."""
+        while self.due is not None and self.at <= until:
+            due, self.due = self.due, None
+            self.now = self.at - 1e-4 if self.at - self.now > 1e-3 else self.at
+            due()
+        self.now = until
 
 
-def test_closed_means_no_sweep() -> None:
-    async def work() -> None:
-        swept: list[float] = []
+def sweeping(loop: Loop, answers: list[float]) -> tuple[Deadlines, list[float]]:
+    """Deadlines whose sweeps answer so, and when they came."""
+    swept: list[float] = []
 
-        def sweep(now: float) -> float:
-            swept.append(now)
-            return inf
+    def sweep(now: float) -> float:
+        swept.append(now)
+        return answers.pop(0)
 
-        deadlines = Deadlines(asyncio.get_running_loop(), sweep)
-        deadlines.watch(monotonic() + 0.02)
-        deadlines.close()
-        await asyncio.sleep(0.05)
-        assert swept == []
+    return Deadlines(cast(asyncio.AbstractEventLoop, loop), sweep), swept
 
-    asyncio.run(work())
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
+    return Loop(monkeypatch)
+
+
+def test_the_sweep_comes_at_the_earliest_and_then_at_what_it_says(loop: Loop) -> None:
+    deadlines, swept = sweeping(loop, [110.0, inf])
+    for at in (120.0, 105.0, 130.0):
+        deadlines.watch(at)
+    assert deadlines.at == 105.0
+    loop.run(104.0)
+    assert swept == []
+    loop.run(108.0)
+    assert swept == pytest.approx([105.0])
+    assert (swept[0] >= 105.0, deadlines.at) == (True, 110.0)
+    loop.run(200.0)
+    assert swept == pytest.approx([105.0, 110.0])
+    assert deadlines.at == inf
+
+
+def test_a_later_deadline_sets_no_timer(loop: Loop) -> None:
+    deadlines, _ = sweeping(loop, [])
+    for at in range(105, 120):
+        deadlines.watch(at)
+    assert len(loop.timers) == 1
+    deadlines.close()
+    assert deadlines.at == inf
+
+
+def test_one_that_has_passed_is_swept_at_once(loop: Loop) -> None:
+    deadlines, swept = sweeping(loop, [inf])
+    deadlines.watch(90.0)
+    loop.run(100.0)
+    assert swept == [100.0]
+
+
+def test_closed_means_no_sweep(loop: Loop) -> None:
+    deadlines, swept = sweeping(loop, [])
+    deadlines.watch(105.0)
+    deadlines.close()
+    loop.run(200.0)
+    assert swept == []

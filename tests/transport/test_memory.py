@@ -47,7 +47,7 @@ def test_the_two_ends_may_live_in_different_threads() -> None:
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     try:
-        assert ready.wait(5)
+        assert ready.wait(30)
         asyncio.run(call())
     finally:
         done.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import AsyncIterator, Coroutine
@@ -24,6 +25,7 @@ from splitinfer.errors import (
     UsageError,
 )
 from splitinfer.transport import Limits, Reply, ServerConfig
+from tests.patience import until, with_more_time
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -113,11 +115,11 @@ def test_what_a_call_tells_its_handler() -> None:
             await transport.serve(lambda call: calls.append(call), "127.0.0.1:0") as server,
             await transport.connect(server.address) as channel,
         ):
-            await channel.call("name", [np.arange(2)], {"a": 1}, timeout=5)
+            await channel.call("name", [np.arange(2)], {"a": 1}, timeout=60)
             (call,) = calls
             assert (call.method, call.meta) == ("name", {"a": 1})
             assert call.tensors[0].shape == (2,)
-            assert 4 < call.time_left() <= 5
+            assert 30 < call.time_left() <= 60
             assert call.peer.startswith("127.0.0.1:")
             assert call.peer != server.address
             assert "name" in repr(call)
@@ -126,24 +128,29 @@ def test_what_a_call_tells_its_handler() -> None:
 
 
 def test_time_left_is_never_negative_nor_more_than_the_server_allows() -> None:
+    with_more_time(time_left, 0.1, 2.0)
+
+
+def time_left(allowed: float) -> None:
     left: list[float] = []
 
     async def handler(call: transport.Call) -> None:
         left.append(call.time_left())
         try:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(60)
         finally:
             left.append(call.time_left())
 
     async def work() -> None:
-        config = ServerConfig(call_timeout=0.1)
+        config = ServerConfig(call_timeout=allowed)
         async with (
             await transport.serve(handler, "127.0.0.1:0", config=config) as server,
             await transport.connect(server.address) as channel,
         ):
             with pytest.raises(DeadlineExceeded):
-                await channel.call("any", timeout=5)
-        assert 0 < left[0] <= 0.1
+                await channel.call("any", timeout=30)
+            await until(lambda: len(left) == 2)
+        assert 0 < left[0] <= allowed
         assert left[1] == 0
 
     run(work())
@@ -171,7 +178,7 @@ def test_a_handler_that_will_not_be_cancelled_still_counts() -> None:
             with pytest.raises(LimitExceeded, match="2 calls are in flight"):
                 channel.start("any")
             stop.set()
-            await asyncio.sleep(0.05)
+            await until(lambda: not channel._session.connection.calls)  # type: ignore[union-attr]
             await channel.call("any")
 
     run(work())
@@ -268,8 +275,7 @@ def test_a_stream_whose_reader_is_gone_is_closed() -> None:
             stream = channel.stream("endless")
             await anext(stream)
             await channel.close()
-            await asyncio.sleep(0.05)
-            assert closed == ["endless"]
+            await until(lambda: closed)
             await stream.aclose()
 
     run(work())
@@ -298,20 +304,22 @@ def test_a_socket_file_goes_with_its_server(tmp_path: Path) -> None:
 
 
 def test_after_closing_nobody_is_connected_and_nothing_runs() -> None:
-    ended = []
+    began, ended = [], []
 
     async def handler(call: transport.Call) -> None:
+        began.append(1)
         try:
-            await asyncio.sleep(10)
+            await asyncio.sleep(60)
         finally:
             ended.append(1)
 
     async def work() -> None:
+        gc.collect()  # what other tests left behind goes now, not in the middle
         before = len(os.listdir("/dev/fd"))
         server = await transport.serve(handler, "127.0.0.1:0")
         channels = [await transport.connect(server.address) for _ in range(3)]
         calls = [channel.start("any") for channel in channels]
-        await asyncio.sleep(0.05)
+        await until(lambda: began == [1, 1, 1])
         await server.close()
         assert ended == [1, 1, 1]
         assert not server.peers
@@ -345,10 +353,10 @@ def test_draining_waits_for_what_is_still_being_sent() -> None:
             await transport.connect(server.address) as channel,
         ):
             call = channel.start("any")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 while not any(peer.connection.outbox.nbytes for peer in server.peers):  # noqa: ASYNC110
                     await asyncio.sleep(0)
-            assert await server.drain(timeout=10)
+            assert await server.drain(timeout=15)
             await server.close()
             assert (await call).tensors[0].numpy().all()
 

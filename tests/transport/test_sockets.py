@@ -16,6 +16,7 @@ from splitinfer.transport import sockets
 from splitinfer.transport.frames import CHUNK_NBYTES, GOAWAY, PING, REPLY, REQUEST, WELCOME, pack_frame
 from splitinfer.transport.protocol import Connection
 from splitinfer.transport.sockets import Link
+from tests.patience import until
 
 
 class Owner:
@@ -54,7 +55,7 @@ def link(role: Any, sock: socket.socket) -> tuple[Link, Owner]:
 
 def run(work: Coroutine[Any, Any, None]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             await work
 
     asyncio.run(limited())
@@ -151,7 +152,8 @@ def test_a_server_whose_client_does_not_read_stops_reading() -> None:
         for _ in range(60):
             client.connection.request("m", [np.zeros(1_000_000, np.uint8)], {}, 0)
             client.flush()
-        await asyncio.sleep(0.2)
+        await until(lambda: server.connection.outbox.nbytes >= 8 << 20)
+        await asyncio.sleep(0.2)  # there is more to read, and it does not
         waiting = server.connection.outbox.nbytes
         assert 8 << 20 <= waiting < 24 << 20
         assert client.connection.outbox.nbytes > 1_000_000
@@ -213,7 +215,7 @@ def test_a_server_says_why_it_goes() -> None:
         one.sendall(pack_frame(PING))
         await theirs.until(lambda: theirs.lost)
         assert isinstance(theirs.lost[0], RemoteProtocolError)
-        one.settimeout(1)
+        one.settimeout(15)
         assert b"not allowed here" in one.recv(4096)
         assert one.recv(4096) == b""
         one.close()

@@ -151,10 +151,10 @@ def test_mutual_tls_without_a_certificate_or_with_a_strange_one(
 
 def test_tls_on_one_end_only(made: Certificate) -> None:
     with pytest.raises((ConnectError, RemoteProtocolError, LinkError)) as plain:
-        run(attempt(ServerConfig(tls=serving(made)), ClientConfig(connect_timeout=3)))
+        run(attempt(ServerConfig(tls=serving(made)), ClientConfig(connect_timeout=15)))
     assert not isinstance(plain.value, AuthenticationError)
     with pytest.raises((ConnectError, RemoteProtocolError)):
-        run(attempt(ServerConfig(), ClientConfig(tls=pinning(made), connect_timeout=3)))
+        run(attempt(ServerConfig(), ClientConfig(tls=pinning(made), connect_timeout=15)))
 
 
 def test_a_man_in_the_middle_with_a_certificate_of_its_own_cannot_pass_the_proof_on(
