@@ -169,7 +169,7 @@ def write_shard(path: Path, tensors: list[Planned], generator: torch.Generator) 
 
 def _write_blocks(file: BinaryIO, tensor: Planned, generator: torch.Generator) -> None:
     for block in tensor.blocks(generator):
-        file.write(memoryview(block.view(torch.uint8).numpy()))
+        file.write(block.view(torch.uint8).numpy().data)
 
 
 def write(path: Path, *, layers: int, experts: int = 128, vocab: int = 262_144, seed: int = 0) -> int:
@@ -198,7 +198,11 @@ def write(path: Path, *, layers: int, experts: int = 128, vocab: int = 262_144, 
     weight_map = {PREFIX + t.name: files[name].name for name, tensors in shards.items() for t in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    outer = {"architectures": ["Gemma4ForConditionalGeneration"], "dtype": "bfloat16", "model_type": "gemma4"}
+    outer: dict[str, Any] = {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "dtype": "bfloat16",
+        "model_type": "gemma4",
+    }
     outer |= {"eos_token_id": [1, 106], "text_config": config, "tie_word_embeddings": True}
     (path / "config.json").write_text(json.dumps(outer, indent=1))
     return total

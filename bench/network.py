@@ -172,7 +172,7 @@ def prompt_of(engine: AsyncEngine, number: int, tokens: int = 0) -> str | list[i
 
 async def round_trip(address: str, config: ModelConfig, transport: ClientConfig) -> float:
     """Seconds of a call with the bytes of one decode row, the median of some."""
-    row = [
+    row: list[Any] = [
         torch.zeros((1, config.hidden_size), dtype=torch.bfloat16),
         np.zeros((1, config.top_k_experts), np.int16),
         np.zeros((1, config.top_k_experts), np.float32),

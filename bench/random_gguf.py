@@ -16,6 +16,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf_metadata import describe_gemma4, rope_factors
 from random_model import RandomCheckpoint
 
 from splitinfer.model.config import ModelConfig
@@ -34,9 +35,11 @@ def write(path: Path, layers: int, head: str = "Q4_0", experts: int = 128, vocab
     source = RandomCheckpoint(layers, experts, vocab)
     part = path.with_name(path.name + ".part")
     writer = gguf.GGUFWriter(part, "gemma4")
-    _describe(writer, source.config)
+    describe_gemma4(writer, source.config)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+    _add_words(writer, source.config)
     kinds = {name: _kind(name, shape, head) for name, shape in expected_tensors(source.config)}
-    factors = _rope_factors(source.config)
+    factors = rope_factors(source.config)
     writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for name, kind in kinds.items():
         shape = source.shapes[name]
@@ -90,42 +93,9 @@ def _blocks(shape: tuple[int, ...], kind: Type, generator: np.random.Generator) 
     return blocks.reshape(*shape[:-1], -1)
 
 
-def _rope_factors(config: ModelConfig) -> np.ndarray:
-    """Full layers turn a part of their pairs; the others are divided by so much that they keep still."""
-    full = config.attention[-1]
-    turning = int(full.head_dim * full.rope.partial_rotary_factor / 2)
-    return np.array([1.0] * turning + [1e30] * (full.head_dim // 2 - turning), dtype=np.float32)
-
-
-def _describe(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
-    """The metadata that llama.cpp and `splitinfer.model.gguf` read, with a vocabulary of made-up words."""
-    full = config.attention[-1]
-    local = next((a for a in config.attention if a.window is not None), full)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv([a.num_key_value_heads for a in config.attention])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(full.rope.rope_theta)
-    writer.add_rope_freq_base_swa(local.rope.rope_theta)
-    writer.add_rope_dimension_count(full.head_dim)
-    writer.add_rope_dimension_count_swa(local.head_dim)
-    writer.add_key_length(full.head_dim)
-    writer.add_value_length(full.head_dim)
-    writer.add_key_length_swa(local.head_dim)
-    writer.add_value_length_swa(local.head_dim)
-    writer.add_sliding_window(local.window or 1)
-    writer.add_sliding_window_pattern([a.window is not None for a in config.attention])
-    writer.add_shared_kv_layers(0)
-    writer.add_embedding_length_per_layer_input(0)
-    writer.add_final_logit_softcapping(config.final_logit_softcapping or 0.0)
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.top_k_experts)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+def _add_words(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """A vocabulary of made-up words."""
     writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
     kinds = [3, 3, 3, 2, *[6] * 256]
     tokens += [f"▁w{i:x}" for i in range(config.vocab_size - len(tokens))]

@@ -45,8 +45,8 @@ class RandomCheckpoint:
         shape = self.shapes[name]
         if len(shape) == 1:
             value = 0.05 if name.endswith("k_norm.weight") else 1.0
-            return (value + value * 0.1 * torch.randn(shape, generator=self.generator)).bfloat16()
-        return (torch.randn(shape, generator=self.generator) * shape[-1] ** -0.5).bfloat16()
+            return torch.randn(shape, generator=self.generator).mul(0.1 * value).add(value).bfloat16()
+        return torch.randn(shape, generator=self.generator).mul(shape[-1] ** -0.5).bfloat16()
 
     def matrix(self, name: str, format: str | None = None, *, floating: str | None = None) -> Packed:
         out_features, in_features = self.shapes[name]

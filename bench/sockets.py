@@ -30,7 +30,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.cores import halves, run_on
+from cores import halves, run_on
 
 ROW_NBYTES: Final = 5632
 ROW: Final = bytes(ROW_NBYTES)
@@ -80,17 +80,13 @@ class Blocking:
         return times
 
 
-class Stream(asyncio.Protocol):
-    """Counts what comes; `whole` is called for each row, with the way to answer it."""
+class Rows:
+    """What comes, cut into rows; `whole` is told of each, and how to answer."""
+
+    write: Write
 
     def __init__(self, whole: Whole) -> None:
         self.whole, self.filled = whole, 0
-
-    def connection_made(self, transport: Any) -> None:
-        self.write = transport.write
-
-    def data_received(self, data: bytes) -> None:
-        self.came(len(data))
 
     def came(self, nbytes: int) -> None:
         self.filled += nbytes
@@ -99,13 +95,21 @@ class Stream(asyncio.Protocol):
             self.whole(self.write)
 
 
-class Buffered(asyncio.BufferedProtocol):
+class Stream(Rows, asyncio.Protocol):
+    """Counts what comes; `whole` is called for each row, with the way to answer it."""
+
+    def connection_made(self, transport: Any) -> None:
+        self.write = transport.write
+
+    def data_received(self, data: bytes) -> None:
+        self.came(len(data))
+
+
+class Buffered(Rows, asyncio.BufferedProtocol):
     """The same with a buffer of its own."""
 
-    came = Stream.came
-
     def __init__(self, whole: Whole) -> None:
-        self.whole, self.filled = whole, 0
+        super().__init__(whole)
         self.buffer = memoryview(bytearray(1 << 16))
 
     def connection_made(self, transport: Any) -> None:
@@ -118,17 +122,16 @@ class Buffered(asyncio.BufferedProtocol):
         self.came(nbytes)
 
 
-class Reader:
+class Reader(Rows):
     """`add_reader`: the socket itself, non-blocking."""
 
-    came = Stream.came
-
     def __init__(self, sock: socket.socket, whole: Whole, *, late: bool, polling: bool) -> None:
-        self.sock, self.whole, self.filled = sock, whole, 0
+        super().__init__(whole)
+        self.sock = sock
         self.buffer = memoryview(bytearray(1 << 16))
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(sock.fileno(), self.readable)
-        self.write: Write = sock.send
+        self.write = sock.send
         if late:
             self.write = lambda row: self.loop.call_soon(sock.send, row)
         if polling:
@@ -180,7 +183,10 @@ def use(way: str, sock: socket.socket, count: int | None) -> list[float]:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if way.startswith("blocking"):
         end = Blocking(sock, "polled" in way)
-        return end.serve() or [] if count is None else end.measure(count)
+        if count is not None:
+            return end.measure(count)
+        end.serve()
+        return []
     run = uvloop.run if way.startswith("uvloop") else asyncio.run
     return run(run_loop(way, sock, count))
 

@@ -38,8 +38,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.cores import halves
-from bench.transport_peers import BULK_NBYTES, PEERS, ROW_NBYTES, run_client, run_server
+from cores import halves
+from transport_peers import BULK_NBYTES, PEERS, ROW_NBYTES, run_client, run_server
 
 WAIT_SECONDS: Final = 60.0
 # Per round: rows, tensors, rounds of 64 rows.
@@ -121,7 +121,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def summarise(runners: Sequence[Runner]) -> list[dict[str, Any]]:
     """One record per peer; ratios are to the raw socket of the same run, above 1 where the peer is faster."""
-    records = [
+    records: list[dict[str, Any]] = [
         {
             "peer": runner.name,
             "row_p50_us": percentile(runner.rows, 0.5) * 1e6,
@@ -132,13 +132,13 @@ def summarise(runners: Sequence[Runner]) -> list[dict[str, Any]]:
         }
         for runner in runners
     ]
-    raw = next((record for record in records if record["peer"] == "raw"), None)
-    for record in records if raw else ():
-        record["row_times_raw"] = record["row_p50_us"] / raw["row_p50_us"]
-        record["bulk_share_of_raw"] = record["bulk_p50_gb_s"] / raw["bulk_p50_gb_s"]
-    ours = next((record for record in records if record["peer"] == "tcp"), None)
-    for record in records if ours else ():
-        record["row_times_ours"] = record["row_p50_us"] / ours["row_p50_us"]
+    peers = {record["peer"]: record for record in records}
+    for record in records:
+        if raw := peers.get("raw"):
+            record["row_times_raw"] = record["row_p50_us"] / raw["row_p50_us"]
+            record["bulk_share_of_raw"] = record["bulk_p50_gb_s"] / raw["bulk_p50_gb_s"]
+        if ours := peers.get("tcp"):
+            record["row_times_ours"] = record["row_p50_us"] / ours["row_p50_us"]
     return records
 
 

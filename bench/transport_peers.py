@@ -20,8 +20,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import uvloop
-
-from bench.cores import run_on
+from cores import run_on
 
 __all__ = ["BULK_NBYTES", "PEERS", "ROW_NBYTES", "Peer", "run_client", "run_server"]
 
@@ -88,7 +87,12 @@ class RawSocket(Peer):
     def rows_in_flight(self, rounds: int) -> float:
         """Calls per second with rows following each other: one thread writes, this one reads."""
         count = rounds * IN_FLIGHT
-        writer = threading.Thread(target=lambda: [self.rows.sendall(ROW) for _ in range(count)])
+
+        def write() -> None:
+            for _ in range(count):
+                self.rows.sendall(ROW)
+
+        writer = threading.Thread(target=write)
         start = time.perf_counter()
         writer.start()
         for _ in range(count):

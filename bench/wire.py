@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -46,7 +47,7 @@ OVER_LINKS: Final = ("noise, uint8", "normal, bfloat16", "three quarters padding
 
 
 def data_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def name_of(tensor: torch.Tensor) -> str:
@@ -103,8 +104,8 @@ def measure_compression(name: str, tensor: torch.Tensor) -> dict[str, Any]:
         assert encoded is not None
         wire, out = memoryview(b"".join(encoded.parts)), memoryview(bytearray(data.nbytes))
         record[f"{label}_ratio"] = data.nbytes / encoded.nbytes
-        doing = best_seconds(lambda codec=codec: compress(data, itemsize, codec, max_nbytes=2 * data.nbytes))
-        undoing = best_seconds(lambda wire=wire, out=out, codec=codec: decompress(wire, out, itemsize, codec))
+        doing = best_seconds(partial(compress, data, itemsize, codec, max_nbytes=2 * data.nbytes))
+        undoing = best_seconds(partial(decompress, wire, out, itemsize, codec))
         record[f"{label}_gb_s"] = data.nbytes / doing / 1e9
         record[f"{label}_undo_gb_s"] = data.nbytes / undoing / 1e9
     return record
@@ -125,8 +126,8 @@ def measure_rounding(name: str, tensor: torch.Tensor) -> list[dict[str, Any]]:
                 "wire": wire,
                 "rms": float((got - want).norm() / want.norm()),
                 "median": float(relative.median()),
-                "one_row_us": best_seconds(lambda one=one, wire=wire: through(one, wire)) * 1e6,
-                "gb_s": tensor.nbytes / best_seconds(lambda wire=wire: through(tensor, wire)) / 1e9,
+                "one_row_us": best_seconds(partial(through, one, wire)) * 1e6,
+                "gb_s": tensor.nbytes / best_seconds(partial(through, tensor, wire)) / 1e9,
             }
         )
     return records
@@ -173,9 +174,9 @@ def bits_per_token(model: str, text: str, tokens: int) -> tuple[dict[str, float]
     everything = dict.fromkeys(range(config.num_hidden_layers), range(config.num_experts))
     local = LocalExperts(ExpertBank(checkpoint, everything))
     seen: list[torch.Tensor] = []
-    bits = {}
+    bits: dict[str, float] = {}
     for wire in (None, *WIRE_DTYPES):
-        gemma = Gemma.load(checkpoint, RoundedExperts(local, wire, seen))  # type: ignore[arg-type]
+        gemma = Gemma.load(checkpoint, RoundedExperts(local, wire, seen))
         cache = KVCache(config, "cpu", gemma.dtype)
         hidden = asyncio.run(gemma.forward([Segment(ids, cache)]))
         loss = torch.nn.functional.cross_entropy(gemma.logits(hidden)[:-1].double(), ids[1:])
@@ -198,7 +199,7 @@ async def measure_link(address: str, link: str, rows: dict[str, torch.Tensor]) -
     channels = {
         mode: await transport.connect(
             address,
-            config=transport.ClientConfig(link=LinkSpec.parse(link), compression=mode),  # type: ignore[arg-type]
+            config=transport.ClientConfig(link=LinkSpec.parse(link), compression=mode),
         )
         for mode in MODES
     }

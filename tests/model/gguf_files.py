@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 
+from bench.gguf_metadata import describe_any, describe_gemma4, rope_factors
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.gguf import gguf_name
 from splitinfer.model.weights import Checkpoint, expected_tensors
@@ -45,7 +45,11 @@ def write_gguf(
     config = checkpoint.config
     gemma3 = not config.layer_scalars
     writer = gguf.GGUFWriter(path, architecture or ("gemma3" if gemma3 else "gemma4"))
-    (_describe_gemma3 if gemma3 else _describe_gemma4)(writer, config)
+    if gemma3:
+        _describe_gemma3(writer, config)
+    else:
+        describe_gemma4(writer, config)
+        writer.add_tensor("rope_freqs.weight", rope_factors(config))
     if tokenizer:
         _add_tokenizer(writer, tokenizer, merges, last_token)
     for name, shape in expected_tensors(config):
@@ -74,19 +78,8 @@ def _as_written(checkpoint: Checkpoint, name: str) -> Any:
     return values + checkpoint.config.norm_offset if name.endswith("norm.weight") else values
 
 
-def _describe(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if config.final_logit_softcapping:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-
-
 def _describe_gemma3(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
-    _describe(writer, config)
+    describe_any(writer, config)
     local = config.attention[0]
     full = next(attention for attention in config.attention if attention.window is None)
     if full.rope.rope_type == "linear":
@@ -97,31 +90,6 @@ def _describe_gemma3(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_value_length(local.head_dim)
     writer.add_head_count_kv(local.num_key_value_heads)
     writer.add_sliding_window(local.window or 1)
-
-
-def _describe_gemma4(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
-    _describe(writer, config)
-    local = next((a for a in config.attention if a.window is not None), config.attention[-1])
-    full = config.attention[-1]
-    writer.add_head_count_kv([a.num_key_value_heads for a in config.attention])
-    writer.add_rope_freq_base(full.rope.rope_theta)
-    writer.add_rope_freq_base_swa(local.rope.rope_theta)
-    writer.add_rope_dimension_count(full.head_dim)
-    writer.add_rope_dimension_count_swa(local.head_dim)
-    writer.add_key_length(full.head_dim)
-    writer.add_value_length(full.head_dim)
-    writer.add_key_length_swa(local.head_dim)
-    writer.add_value_length_swa(local.head_dim)
-    writer.add_sliding_window(local.window or 1)
-    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-    writer.add_shared_kv_layers(0)
-    writer.add_embedding_length_per_layer_input(0)
-    writer.add_expert_count(config.num_experts)
-    writer.add_expert_used_count(config.top_k_experts)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    turning = int(full.head_dim * full.rope.partial_rotary_factor / 2)
-    factors = [1.0] * turning + [1e30] * (full.head_dim // 2 - turning)
-    writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, model: str, merges: bool, last_token: str) -> None:
