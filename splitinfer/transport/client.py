@@ -81,12 +81,13 @@ class Channel:
         """
         if timeout is None:
             timeout = self.config.call_timeout
-        call = SingleCall(loop=self._loop)
         session = self._session
         if session is not None and not session.link.closed:
-            session.start(call, method, tensors, meta, timeout)
+            id = session.send(method, tensors, meta, timeout)
+            call = SingleCall(loop=self._loop)
+            session.expect(call, id, method, timeout)
         else:
-            call.session = None
+            call = SingleCall(loop=self._loop)
             task = self._loop.create_task(self._start_later(call, method, tensors, meta, timeout))
             self._waiting.add(task)
             task.add_done_callback(self._waiting.discard)
@@ -119,7 +120,8 @@ class Channel:
         call = StreamCall(loop=self._loop)
         deadline = monotonic() + (self.config.call_timeout if timeout is None else timeout)
         session = await self.reconnect(deadline)
-        session.start(call, method, tensors, meta, deadline - monotonic())
+        timeout = deadline - monotonic()
+        session.expect(call, session.send(method, tensors, meta, timeout), method, timeout)
         try:
             while (reply := await call.next()) is not None:
                 yield reply
@@ -227,7 +229,8 @@ class Channel:
         try:
             session = await self.reconnect(deadline)
             if not call.done():
-                session.start(call, method, tensors, meta, deadline - monotonic())
+                timeout = deadline - monotonic()
+                session.expect(call, session.send(method, tensors, meta, timeout), method, timeout)
         except Exception as error:
             call.fail(error)
 

@@ -57,6 +57,8 @@ else:
 class _StandIn:
     """What `current_task()` is during the first step. Later it passes everything on to the real task."""
 
+    __slots__ = ("__weakref__", "_work", "task")
+
     def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
         self._work = work
         self.task: asyncio.Task[Any] | None = None

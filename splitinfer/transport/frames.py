@@ -147,7 +147,7 @@ def pack_map(content: dict[str, Any], limit: int) -> bytes:
     return packed
 
 
-def unpack_map(data: memoryview) -> dict[str, Any]:
+def unpack_map(data: bytes | memoryview) -> dict[str, Any]:
     """Undo `pack_map`. Raises RemoteProtocolError for anything but one map with text keys."""
     try:
         content = unpackb(data, max_ext_len=0, ext_hook=_no_extension)

@@ -1,6 +1,6 @@
 """Bytes in, messages out: where each byte lands, and when a message is whole. No I/O, no clock.
 
-Whoever reads the stream puts the next bytes into `buffer` and says with `received` how many. Small frames
+Whoever reads the stream puts the next bytes into `buffer()` and says with `received` how many. Small frames
 gather in a slab and their tensors are views on it. A larger body gets a buffer of its own, and from then on
 its bytes are read straight into it: nothing is copied but what arrived together with the head. Bodies in
 pieces (DATA) may interleave with other frames.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from struct import Struct
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from splitinfer.errors import RemoteProtocolError, VersionMismatch
 from splitinfer.transport.buffers import POOL, BufferPool, aligned
@@ -44,10 +44,13 @@ SLAB_NBYTES: Final = 64 * 1024
 # A body up to this size is waited for in the slab; of a larger one at most a slab's worth is copied once.
 SMALL_NBYTES: Final = 24 * 1024
 _MIN_READ: Final = 8 * 1024
-_FULL: Final = SLAB_NBYTES - _MIN_READ
 _FRAME_NBYTES: Final = 64  # the shortest frame
-_HEAD_START: Final = Struct("<4sIQI")  # magic and kind, value, id, table nbytes
-_LEADS: Final = frozenset(MAGIC + bytes((kind,)) for kind in (REQUEST, REPLY, ITEM))
+# A frame of a known layout is taken apart in one go: its kind with the magic as one number, value, id, what
+# identifies the layout, and the meta. The last two have the sizes of that layout.
+_KNOWN_FRAME: Final = "<IIQ{}s{}s"
+_KINDS: Final = {int.from_bytes(MAGIC + bytes((kind,)), "little"): kind for kind in (REQUEST, REPLY, ITEM)}
+_LAYOUT_START: Final = 16  # in a head: what identifies a layout is between the id and the meta
+_PLAIN: Final = frozenset((type(None), bool, int, float, str, bytes))
 
 
 class Decoder(Protocol):
@@ -72,18 +75,22 @@ class _Landing:
         self.dropped = False
 
 
-class _Known(NamedTuple):
-    """What sizes and table of a small frame say. The places are within the frame."""
+class _Layout(NamedTuple):
+    """What sizes and table of a small frame say, learnt from one that was checked."""
 
     frame_nbytes: int
-    meta: slice | None
+    key: bytes  # the bytes that say so
+    fields: Callable[[memoryview, int], tuple[Any, ...]]  # as `_KNOWN_FRAME`
+    tensors: tuple[tuple[str, tuple[int, ...], int, int], ...]  # dtype, shape, start and end in the frame
     method: str
     nbytes: int
-    tensors: tuple[tuple[str, tuple[int, ...], slice], ...]  # dtype, shape, place
+
+
+_NO_LAYOUT: Final = _Layout(1 << 62, b"", Struct("").unpack_from, (), "", 0)
 
 
 class Inbox:
-    """One connection's incoming half. `buffer` is where the next bytes belong; it is never empty.
+    """One connection's incoming half.
 
     `admit(message)` is asked before memory is taken for a body that does not fit the slab: False means that
     it is to be skipped; it raises to end the connection.
@@ -107,11 +114,12 @@ class Inbox:
         self._start = 0  # of the first frame not yet parsed, a multiple of 64
         self._end = 0  # of the bytes received
         self._need = HEAD_NBYTES  # bytes of that frame without which looking again is of no use
-        self._known: dict[bytes, _Known] = {}  # by what stands between a head's id and the meta
+        self._layouts: dict[bytes, _Layout] = {}
+        self._layout = _NO_LAYOUT  # the last one that came
+        self._metas: dict[bytes, dict[str, Any]] = {b"": {}}
         self._landings: dict[int, _Landing] = {}
         self._into: _Landing | None = None  # whose body the next bytes are
         self._into_left = 0
-        self.buffer = self._slab
         self.allow(limits, handshake_only=False)
 
     def allow(self, limits: Limits, *, handshake_only: bool) -> None:
@@ -125,38 +133,53 @@ class Inbox:
         return self._start < self._end or self._into is not None or bool(self._landings)
 
     def received(self, nbytes: int) -> list[Message]:
-        """`nbytes` bytes were put into `buffer`; returns the messages that are whole now, in order.
+        """`nbytes` bytes were put into `buffer()`; returns the messages that are whole now, in order.
 
         Raises RemoteProtocolError, VersionMismatch, or what `admit` raises: the connection is beyond repair.
         """
         self.nbytes += nbytes
-        if not self._landings:
-            slab, start = self._slab, self._start
-            end = self._end + nbytes
-            lead, value, id, table_nbytes = _HEAD_START.unpack_from(slab, start)
-            known = self._known.get(slab[start + 16 : start + HEAD_NBYTES + table_nbytes].tobytes())
-            if known is not None and known[0] == end - start and lead in _LEADS:
-                # One small frame like one before: what was checked then need not be checked again.
-                _, where, method, size, places = known
-                frame = slab[start:end]
-                meta = unpack_map(frame[where]) if where else {}
-                tensors = [Tensor(dtype, shape, frame[place]) for dtype, shape, place in places]
-                self._start = self._end = end
-                self._need = HEAD_NBYTES
-                if end <= _FULL:
-                    self.buffer = slab[end:]
-                else:
-                    self._aim()
-                return [self._make(lead[3], id, value, meta, tensors, method, size)]
         messages: list[Message] = []
         if self._into is not None:
             self._received_piece(self._into, nbytes, messages)
-        else:
-            self._end += nbytes
-            while self._end - self._start >= self._need and self._parse(messages):
-                pass
-        self._aim()
+            return messages
+        self._end += nbytes
+        while self._take_known(messages) and self._parse(messages):
+            pass
         return messages
+
+    def _take_known(self, messages: list[Message]) -> bool:
+        """Take frames out of the slab that are laid out like the last small one: what was checked then need
+        not be checked again. False where nothing is left to look at.
+        """
+        start, end = self._start, self._end
+        if not self._landings:
+            slab, first = self._slab, start
+            frame_nbytes, layout, fields, places, method, nbytes = self._layout
+            while end - start >= frame_nbytes:
+                lead, value, id, key, packed = fields(slab, start)
+                kind = _KINDS.get(lead)
+                if key != layout or kind is None:
+                    break
+                tensors = []
+                for dtype, shape, begin, stop in places:
+                    tensors.append(Tensor(dtype, shape, slab[start + begin : start + stop]))
+                meta = self._metas.get(packed)
+                meta = self._new_meta(kind, packed) if meta is None else meta.copy()
+                messages.append(self._make(kind, id, value, meta, tensors, method, nbytes))
+                start += frame_nbytes
+            if start > first:
+                self._start, self._need = start, HEAD_NBYTES
+        return end - start >= self._need
+
+    def _new_meta(self, kind: int, packed: bytes) -> dict[str, Any]:
+        """Unpack a meta, and remember it: those of calls repeat, where those of answers rarely do."""
+        meta = unpack_map(packed)
+        flat = all(type(value) in _PLAIN for value in meta.values())
+        if kind == REQUEST and flat and len(packed) <= REMEMBERED_NBYTES:
+            if len(self._metas) > REMEMBERED:
+                self._metas = {b"": {}}
+            self._metas[packed] = meta.copy()
+        return meta
 
     def drop(self, id: int) -> bool:
         """Forget a body under way: no more of it will come. True if there was one."""
@@ -192,6 +215,12 @@ class Inbox:
             self._need = body - start
             return False
         if REQUEST <= kind <= ITEM:
+            key = slab[start + _LAYOUT_START : meta_start].tobytes()
+            layout = self._layouts.get(key)
+            if layout is not None and not self._landings:
+                self._layout = layout
+                self._need = layout.frame_nbytes
+                return self._end - start >= self._need
             table = EMPTY_TABLE
             if table_nbytes:
                 table = unpack_table(slab[start + HEAD_NBYTES : meta_start], self._limits)
@@ -204,7 +233,7 @@ class Inbox:
             if small:
                 self._take_small(message, table, body, messages)
                 if table_nbytes <= REMEMBERED_NBYTES:
-                    self._remember(slab[start + 16 : meta_start].tobytes(), meta_nbytes, table)
+                    self._remember(key, meta_nbytes, table)
             else:
                 self._land(message, table, body, body_nbytes, messages)
         elif kind == DATA:
@@ -236,17 +265,16 @@ class Inbox:
         self._start = body + table.body_nbytes
 
     def _remember(self, key: bytes, meta_nbytes: int, table: Table) -> None:
-        if len(self._known) >= REMEMBERED:
-            self._known.clear()
-        start = 16 + len(key)
-        end = start + meta_nbytes
-        body = (end + 63) & -64
+        if len(self._layouts) >= REMEMBERED:
+            self._layouts.clear()
+        body = (_LAYOUT_START + len(key) + meta_nbytes + 63) & -64
         tensors = tuple(
-            (spec.dtype.name, spec.shape, slice(body + first, body + first + nbytes))
+            (spec.dtype.name, spec.shape, body + first, body + first + nbytes)
             for spec, _, nbytes, first in table.entries
         )
-        meta = slice(start, end) if meta_nbytes else None
-        self._known[key] = _Known(body + table.body_nbytes, meta, table.method, table.nbytes, tensors)
+        fields = Struct(_KNOWN_FRAME.format(len(key), meta_nbytes)).unpack_from
+        layout = _Layout(body + table.body_nbytes, key, fields, tensors, table.method, table.nbytes)
+        self._layouts[key] = self._layout = layout
 
     def _land(self, message: Message, table: Table, body: int, nbytes: int, messages: list[Message]) -> None:
         """The first piece of a body that gets a buffer of its own."""
@@ -312,29 +340,28 @@ class Inbox:
             tensors.append(Tensor(spec.dtype.name, spec.shape, data))
         return tensors
 
-    def _aim(self) -> None:
-        """Set `buffer`. A new slab once this one is nearly full or too short for the frame that has begun.
+    def buffer(self) -> memoryview:
+        """Where the next bytes belong; never empty.
 
-        A slab is not written again from its start: tensors made from it may be alive. It goes back to the
-        pool when they are gone.
+        A new slab once this one is nearly full or too short for the frame that has begun. A slab is not
+        written again from its start: tensors made from it may be alive. It goes back to the pool when they
+        are gone.
         """
         into = self._into
         if into is not None and into.data is not None:
-            self.buffer = into.data[into.filled : into.filled + self._into_left]
-            return
+            return into.data[into.filled : into.filled + self._into_left]
         held, size = self._end - self._start, len(self._slab)
         if size - self._end < (1 if held else _MIN_READ) or self._start + self._need > size:
             slab = self._pool.take(max(SLAB_NBYTES, aligned(self._need + _FRAME_NBYTES)))
             slab[:held] = self._slab[self._start : self._end]
             self._slab, self._start, self._end = slab, 0, held
         if into is not None:
-            self.buffer = self._slab[self._end : self._end + self._into_left]
-        elif self._landings:
+            return self._slab[self._end : self._end + self._into_left]
+        if self._landings:
             # Between the pieces of a large body read one head at a time, so that the next piece's bytes go
             # where they belong and not through the slab.
-            self.buffer = self._slab[self._end : max(self._start + self._need, self._end + _FRAME_NBYTES)]
-        else:
-            self.buffer = self._slab[self._end :]
+            return self._slab[self._end : max(self._start + self._need, self._end + _FRAME_NBYTES)]
+        return self._slab[self._end :]
 
 
 def _interleaved() -> RemoteProtocolError:

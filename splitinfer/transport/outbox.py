@@ -67,13 +67,13 @@ class Codec(Protocol):
 class _Small(NamedTuple):
     """How to send a small message with tensors of certain dtypes and shapes.
 
-    `parts` are to be joined: head, table, meta, zeros, then a tensor and zeros in turn. `bare`: the tensors
-    are numpy arrays, which are their own bytes to `join`.
+    `padded`: a place for each tensor and the zeros behind it in turn, None where all of these are empty.
+    `bare`: the tensors are numpy arrays, which are their own bytes to `join`.
     """
 
-    parts: list[Any]
-    table_nbytes: int
+    table: bytes
     nbytes: int
+    padded: list[Any] | None
     bare: bool
 
 
@@ -151,15 +151,16 @@ class Outbox:
             key: Any = method
             for tensor in tensors:
                 key = key, tensor.dtype, tensor.shape
-            template, table_nbytes, nbytes, bare = self._small[key]
+            table, nbytes, padded, bare = self._small[key]
             packed = pack(meta) if meta else b""
-            size = HEAD_NBYTES + table_nbytes + len(packed)
-            parts = template.copy()
-            parts[0] = HEAD.pack(MAGIC, kind, value, id, table_nbytes, len(packed), nbytes, 0)
-            parts[2] = packed
-            parts[3] = ZEROS[-size & 63]
-            parts[4::2] = tensors if bare else map(joinable, tensors)
-            frame = b"".join(parts)
+            size = HEAD_NBYTES + len(table) + len(packed)
+            body: Any = tensors if bare else map(joinable, tensors)
+            if padded is not None:
+                between = padded.copy()
+                between[::2] = body
+                body = between
+            head = HEAD.pack(MAGIC, kind, value, id, len(table), len(packed), nbytes, 0)
+            frame = b"".join((head, table, packed, ZEROS[-size & 63], *body))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             self._send_carefully(kind, id, method, tensors, meta, value)
             return
@@ -229,14 +230,14 @@ class Outbox:
         if not all(is_plain(tensor) for tensor in tensors):
             return
         key: Any = method
-        parts: list[Any] = [b"", table, b"", b""]
-        for tensor, spec in zip(tensors, specs, strict=True):
+        for tensor in tensors:
             key = key, tensor.dtype, tensor.shape
-            parts += b"", ZEROS[-spec.nbytes & 63]
         if len(self._small) >= REMEMBERED:
             self._small.clear()
         bare = all(type(tensor) is ndarray for tensor in tensors)
-        self._small[key] = _Small(parts, len(table), sum(aligned(spec.nbytes) for spec in specs), bare)
+        padded = [part for spec in specs for part in (b"", ZEROS[-spec.nbytes & 63])]
+        nbytes = sum(aligned(spec.nbytes) for spec in specs)
+        self._small[key] = _Small(table, nbytes, padded if any(padded) else None, bare)
 
     def add(self, id: int, head: bytes, body: Sequence[Piece] = (), body_nbytes: int = 0) -> None:
         """Queue frames: `head` is a whole frame, or the first one of a message up to its body, of which it

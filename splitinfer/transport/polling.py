@@ -4,10 +4,10 @@ A process that sleeps in `epoll` has to be woken, which costs 5 to 50 µs at eac
 more than everything else about a small call. Instead the loop is kept turning for a moment after each send,
 and serves whatever else is ready meanwhile.
 
-The moment adapts, as the halt polling of Linux's KVM does (Documentation/virt/kvm/halt-polling.rst): it grows
-while waits are shorter than the limit, and is nothing as soon as one is longer, because then sleeping costs
-little in comparison and the cores may be needed for what is waited for. And it ends where somebody else wants
-the core: every few turns the core is offered, and a taker means that polling is given up for a while.
+Whether the next wait will be short is foretold as processors foretell branches (J. E. Smith, "A study of
+branch prediction strategies", 1981): a counter of two bits that short waits raise and long ones lower, so
+that one wait out of the ordinary changes nothing. And polling ends where somebody else wants the core: every
+few turns the core is offered, and a taker means that polling is given up for a while.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from typing import Final
 
 __all__ = ["Polling"]
 
-_FIRST_SECONDS: Final = 50e-6
+# What waking up adds to a wait while both ends sleep, at most: polled, it would be shorter by that.
+_WAKING_SECONDS: Final = 200e-6
+_POLL_FROM: Final = 2  # of 0 to 3
+_MOST: Final = 3
 _TURNS_PER_OFFER: Final = 8
-# An offer of the core that nobody takes lasts a microsecond or two.
+# An offer of the core that nobody takes lasts a microsecond or two, with a timer's interrupt up to 100.
 _TAKEN_SECONDS: Final = 30e-6
-# So many times as long as the taker kept it there is no polling: at most 2 % of the time is lost to takers.
+# So many times as long as takers keep the core there is no polling: at most 2 % of the time is lost to them.
 _REST_FACTOR: Final = 50
+# Rest that may be owed before any is taken: a taker of 5 ms, say, that does not come back within this time.
+_CREDIT_SECONDS: Final = 0.25
 
 _offer_core: Final = getattr(os, "sched_yield", lambda: None)
 
@@ -38,19 +43,21 @@ class Polling:
         "_limit",
         "_loop",
         "_rest_until",
+        "_short",
         "_since",
         "_turning",
         "_turns",
         "_until",
-        "_window",
+        "_worth",
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: float) -> None:
         self._loop = loop
         self._limit = limit
-        self._window = 0.0  # for how long the next wait is polled
+        self._worth = limit + _WAKING_SECONDS if limit else 0.0  # a wait that would be short if polled
+        self._short = 0  # the counter
         self._since = 0.0  # when the present wait began, 0 where there is none
-        self._until = 0.0
+        self._until = 0.0  # how long it is polled for, 0 where it is not
         self._rest_until = 0.0
         self._turning = False
         self._turns = 0
@@ -59,21 +66,23 @@ class Polling:
     def begin(self) -> None:
         """Something was sent: an answer to it may come at any moment."""
         self._since = now = monotonic()
-        if self._window:
-            self._until = now + self._window
+        if self._short >= _POLL_FROM and now > self._rest_until:
+            self._until = now + self._limit
             if not self._turning:
                 self._turning = True
                 self._loop.call_soon(self._turn, context=self._context)
+        else:
+            self._until = 0.0
 
     def came(self) -> None:
         """Something was received."""
         if self._since:
-            now = monotonic()
-            waited, self._since = now - self._since, 0.0
-            if waited > self._limit:
-                self._window = 0.0
-            elif waited > self._window and now > self._rest_until:
-                self._window = min(self._limit, max(2 * self._window, _FIRST_SECONDS))
+            waited, self._since = monotonic() - self._since, 0.0
+            if waited <= (self._limit if self._until else self._worth):
+                if self._short < _MOST:
+                    self._short += 1
+            elif self._short:
+                self._short -= 1
 
     def _turn(self) -> None:
         """One more turn of the loop, unless the wait is over or has lasted long enough."""
@@ -85,7 +94,8 @@ class Polling:
             _offer_core()
             taken = monotonic() - now
             if taken > _TAKEN_SECONDS:
-                self._turning = False
-                self._window, self._rest_until = 0.0, now + _REST_FACTOR * taken
-                return
+                self._rest_until = max(self._rest_until, now - _CREDIT_SECONDS) + _REST_FACTOR * taken
+                if now < self._rest_until:
+                    self._turning = False
+                    return
         self._loop.call_soon(self._turn, context=self._context)

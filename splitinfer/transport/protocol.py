@@ -127,7 +127,7 @@ class Connection:
 
     def buffer(self) -> memoryview:
         """Where the next bytes belong; never empty."""
-        return self.inbox.buffer
+        return self.inbox.buffer()
 
     def received(self, nbytes: int) -> list[Message]:
         """`nbytes` bytes were put into `buffer()`: the messages that concern the caller.
@@ -302,6 +302,10 @@ class Connection:
         self.made = id
         callers[id] = caller
         return id
+
+    def adopt(self, id: int, caller: Any) -> None:
+        """A request made without a `caller` gets one."""
+        self._callers[id] = caller
 
     def _no_room(self) -> TransportError:
         if self.draining:

@@ -266,11 +266,7 @@ class _Peer:
             message.deadline = monotonic() + (left if 0 < left < self._call_timeout else self._call_timeout)
             message.peer = connection.peer
             try:
-                answer = self._handler(message)
-                if type(answer) is Reply:
-                    connection.reply(id, answer.tensors, answer.meta)
-                else:
-                    self._answer(id, answer, message.deadline)
+                self._answer(id, self._handler(message), message.deadline)
             except asyncio.CancelledError:  # of something that the handler waited for: nobody cancels us here
                 self._fail(id, RemoteError("the handler was cancelled", code="cancelled"))
             except Exception as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from math import ceil, inf
 from time import monotonic
@@ -64,22 +65,46 @@ class Stats:
 
 
 class SingleCall(asyncio.Future[Reply]):
-    """A call in flight: a future that knows its session, so that cancelling it reaches the server."""
+    """A call in flight: a future that knows its session, so that cancelling it reaches the server.
 
-    __slots__ = ("deadline", "id", "method", "session", "timeout")
+    A task that alone awaits it goes on within the read that brought the answer, and not in the next turn of
+    the loop. Whatever else waits is called as asyncio does it.
+    """
+
+    __slots__ = ("_alone", "_waits", "deadline", "id", "method", "session", "timeout")
     deadline: float
     id: int
     method: str
-    session: Session | None
     timeout: float
+
+    def __init__(self, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self.session: Session | None = None
+        self._waits = 0
+        self._alone: tuple[Callable[[Any], object], Context] | None = None
+
+    def add_done_callback(
+        self, callback: Callable[[Self], object], *, context: Context | None = None
+    ) -> None:
+        super().add_done_callback(callback, context=context)
+        self._waits += 1
+        waits_alone = self._waits == 1 and isinstance(getattr(callback, "__self__", None), asyncio.Task)
+        self._alone = (callback, context) if waits_alone and context is not None else None
 
     def cancel(self, msg: Any | None = None) -> bool:
         if self.session is not None:
             self.session.forget(self)
         return super().cancel(msg)
 
-    # The one answer has come. A call that is done already is not in flight: `forget` saw to that.
-    answer = asyncio.Future.set_result
+    def answer(self, reply: Reply) -> None:
+        """The one answer has come. A call that is done already is not in flight: `forget` saw to that."""
+        if self._alone is None:
+            self.set_result(reply)
+        else:
+            wake, context = self._alone
+            self.remove_done_callback(wake)
+            self.set_result(reply)
+            context.run(wake, self)
 
     def take(self, message: Message) -> None:
         """Something else has come."""
@@ -241,21 +266,22 @@ class Session:
         connection = self.connection
         return Stats(connection.outbox.sent_nbytes, connection.inbox.nbytes, connection.made, 0)
 
-    def start(
-        self,
-        call: AnyCall,
-        method: str,
-        tensors: Sequence[Array],
-        meta: dict[str, Any] | None,
-        timeout: float,
-    ) -> None:
-        """Send a call's request now. Raises LocalProtocolError, Overloaded: then nothing was sent."""
+    def send(self, method: str, tensors: Sequence[Array], meta: dict[str, Any] | None, timeout: float) -> int:
+        """Send a call's request now; returns its id, for `expect` at once.
+
+        Raises LocalProtocolError, Overloaded: then nothing was sent.
+        """
         left = (
             ceil(timeout * 1000) if 0 < timeout < _MAX_SECONDS else _MAX_SECONDS * 1000 if timeout > 0 else 1
         )
-        call.id = self.connection.request(method, tensors, meta, left, call)
+        id = self.connection.request(method, tensors, meta, left)
         self.link.flush()
-        # The bytes are on their way: from here on the other side works too.
+        return id
+
+    def expect(self, call: AnyCall, id: int, method: str, timeout: float) -> None:
+        """Whose the answers are. Apart from `send` so that the other side works already meanwhile."""
+        self.connection.adopt(id, call)
+        call.id = id
         call.session = self
         call.method = method
         call.timeout = timeout

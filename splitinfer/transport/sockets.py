@@ -48,7 +48,8 @@ class Stream(Protocol):
 class Owner(Protocol):
     """Whoever a Link works for. Called on the event loop, never from within the owner's own calls.
 
-    A message is for `connection.accept` first; what either raises ends the connection.
+    A message is for `connection.accept` first; what either raises ends the connection. `on_message` may abort
+    the link itself.
     """
 
     def on_message(self, message: Any, /) -> None: ...
@@ -79,6 +80,7 @@ class Link:
         self._recv_into, self._send, self._sendmsg = stream.recv_into, stream.send, stream.sendmsg
         self._owner, self._on_message = owner, owner.on_message
         self._inbox, self._outbox = connection.inbox, connection.outbox
+        self._buffer = connection.buffer()  # where the next bytes go
         self._writing = self._paused = False
         self._pauses = connection.role == "server"
         self._idle: asyncio.Future[None] | None = None
@@ -150,14 +152,16 @@ class Link:
         connection, inbox, outbox, tls = self.connection, self._inbox, self._outbox, self._tls
         try:
             for _ in range(_READS_PER_EVENT):
-                buffer = inbox.buffer
-                nbytes = self._recv_into(buffer)
+                room = len(self._buffer)
+                nbytes = self._recv_into(self._buffer)
                 self._polling.came()
                 if not nbytes:
                     self.abort(connection.eof())
                     return
                 for message in inbox.received(nbytes):
                     self._on_message(message)
+                    if self.closed:
+                        return
                 if outbox.nbytes:
                     self.flush()
                     if self._writing and self._pauses and connection.choked and not self.closed:
@@ -165,7 +169,9 @@ class Link:
                         # reading, so that the two never wait for each other.
                         self._paused = True
                         self._loop.remove_reader(self._fd)
-                if nbytes < len(buffer) and (tls is None or not tls.more):
+                # While the answers are on their way, not before.
+                self._buffer = inbox.buffer()
+                if nbytes < room and (tls is None or not tls.more):
                     return
                 if self.closed or self._paused:
                     return

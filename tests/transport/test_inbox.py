@@ -65,9 +65,9 @@ def put(inbox: Inbox, data: bytes, steps: Iterator[int] | None = None) -> list[M
     messages = []
     rest = memoryview(data)
     while rest:
-        nbytes = min(next(steps), len(inbox.buffer), len(rest))
+        nbytes = min(next(steps), len(inbox.buffer()), len(rest))
         assert nbytes
-        inbox.buffer[:nbytes] = rest[:nbytes]
+        inbox.buffer()[:nbytes] = rest[:nbytes]
         rest = rest[nbytes:]
         messages += inbox.received(nbytes)
     return messages
@@ -139,14 +139,37 @@ def test_a_frame_seen_before_is_the_same_again(name: str) -> None:
     assert [bytes(t.data) for t in first.tensors] == [bytes(t.data) for t in third.tensors]
 
 
-def test_metas_of_frames_alike_are_not_mixed_up() -> None:
+@pytest.mark.parametrize("kind", [REQUEST, REPLY])
+def test_metas_of_frames_alike_are_not_mixed_up(kind: int) -> None:
     inbox = inbox_of()
-    for number in (1, 2, 100, 1000, 7, 70_000):
-        (message,) = put(inbox, frames_of((REPLY, number, "", [ramp(64)], {"n": number}, number)))
+    for number in (1, 2, 100, 1000, 7, 70_000, 1, 2):
+        (message,) = put(inbox, frames_of((kind, number, "", [ramp(64)], {"n": number}, number)))
         assert (message.id, message.meta, message.value) == (number, {"n": number}, number)
-    first, second = (put(inbox, CASES["row"])[0] for _ in range(2))
-    first.meta["layer"] = 99
-    assert second.meta == {"layer": 3}
+    for meta in ({"layer": 3}, {"layers": [3]}, {}):
+        for message in put(inbox, frames_of((kind, 1, "", [ramp(64)], meta, 500)) * 5):
+            assert message.meta == meta
+            message.meta["layer"] = 99
+            for values in message.meta.values():
+                if isinstance(values, list):
+                    values.append(99)
+
+
+def test_frames_alike_in_one_read() -> None:
+    one, other = CASES["row"], CASES["request without tensors"]
+    kinds = [one, one, one, other, one, other, other, CASES["ping"], one, one]
+    messages = put(inbox_of(), b"".join(kinds))
+    assert [message.method for message in messages] == [
+        {one: "experts", other: "m"}.get(frame, "") for frame in kinds
+    ]
+    for message in messages:
+        assert not message.tensors or bytes(message.tensors[0].data) == ramp(5632).tobytes()
+
+
+def test_a_damaged_frame_behind_frames_alike() -> None:
+    row = bytearray(CASES["row"])
+    row[2] ^= 0xFF  # the version
+    with pytest.raises(VersionMismatch):
+        put(inbox_of(), CASES["row"] * 2 + bytes(row))
 
 
 @settings(max_examples=60, deadline=None)
@@ -196,7 +219,7 @@ def test_a_large_body_is_read_into_its_own_buffer() -> None:
     targets = []
     messages: list[Message] = []
     while data:
-        buffer = inbox.buffer
+        buffer = inbox.buffer()
         nbytes = min(len(buffer), len(data))
         if nbytes > SLAB_NBYTES:
             targets.append(np.frombuffer(buffer, np.uint8).ctypes.data)

@@ -1,0 +1,116 @@
+"""Who waits for a call, and when he goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import pytest
+
+from splitinfer import transport
+from splitinfer.errors import ConnectionLost
+from splitinfer.transport.session import SingleCall
+
+
+def test_a_task_that_waits_alone_goes_on_at_once() -> None:
+    async def work() -> None:
+        call = SingleCall(loop=asyncio.get_running_loop())
+        steps: list[str] = []
+
+        async def caller() -> None:
+            reply = await call
+            steps.append(reply.meta["step"])
+
+        task = asyncio.create_task(caller())
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(call.answer, transport.Reply(meta={"step": "reply"}))
+        asyncio.get_running_loop().call_soon(steps.append, "after")
+        await task
+        assert steps == ["reply", "after"]
+
+    asyncio.run(work())
+
+
+def test_others_who_wait_too_come_in_their_order() -> None:
+    async def work() -> None:
+        call = SingleCall(loop=asyncio.get_running_loop())
+        steps: list[str] = []
+
+        async def caller(name: str) -> None:
+            await call
+            steps.append(name)
+
+        call.add_done_callback(lambda _: steps.append("callback"))
+        tasks = [asyncio.create_task(caller(name)) for name in ("one", "two")]
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(call.answer, transport.Reply())
+        await asyncio.gather(*tasks)
+        assert steps == ["callback", "one", "two"]
+
+    asyncio.run(work())
+
+
+def test_it_goes_on_in_its_own_context() -> None:
+    variable: ContextVar[str] = ContextVar("variable", default="elsewhere")
+
+    async def work() -> None:
+        call = SingleCall(loop=asyncio.get_running_loop())
+
+        async def caller() -> str:
+            variable.set("mine")
+            await call
+            assert asyncio.current_task() is task
+            return variable.get()
+
+        task = asyncio.create_task(caller())
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(call.answer, transport.Reply())
+        assert await task == "mine"
+        assert variable.get() == "elsewhere"
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda call: call,
+        lambda call: asyncio.wait_for(call, 10),
+        asyncio.shield,
+        lambda call: asyncio.gather(call),
+        lambda call: asyncio.wait([call]),
+    ],
+    ids=["await", "wait_for", "shield", "gather", "wait"],
+)
+def test_a_call_is_a_future_like_any_other(wait: Callable[[asyncio.Future[Any]], Awaitable[Any]]) -> None:
+    async def work() -> None:
+        async with (
+            await transport.serve(lambda call: transport.Reply(call.tensors), "memory:session") as server,
+            await transport.connect(server.address) as channel,
+        ):
+            call = channel.start("any", [np.arange(3)])
+            await wait(call)
+            assert call.result().tensors[0].numpy().tolist() == [0, 1, 2]
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+
+
+def test_a_caller_may_close_the_channel_while_other_answers_of_the_same_read_wait() -> None:
+    async def work() -> None:
+        async with (
+            await transport.serve(lambda call: transport.Reply(call.tensors), "memory:close") as server,
+            await transport.connect(server.address) as channel,
+        ):
+
+            async def closer() -> None:
+                await channel.call("any", [np.arange(3)])
+                await channel.close()
+
+            others = (channel.call("any", [np.arange(3)]) for _ in range(3))
+            results = await asyncio.gather(closer(), *others, return_exceptions=True)
+            assert [type(result) for result in results] == [type(None), *[ConnectionLost] * 3]
+
+    asyncio.run(asyncio.wait_for(work(), 20))
