@@ -29,27 +29,32 @@ if sys.version_info >= (3, 12):
         return task.result() if task.done() else task
 
 else:
+    from asyncio.tasks import _enter_task, _leave_task
 
     def start(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T | asyncio.Task[T]:
         """The result, if `work` came to its end without waiting, or the task that goes on with it.
 
         Raises what `work` raises in its first step.
         """
-        before = asyncio.current_task(loop)
         stand_in: Any = _StandIn(work)
         context = copy_context()
-        if before is not None:
-            asyncio.tasks._leave_task(loop, before)
-        asyncio.tasks._enter_task(loop, stand_in)
+        before = None
+        try:
+            _enter_task(loop, stand_in)
+        except RuntimeError:  # one task is current already
+            before = asyncio.current_task(loop)
+            assert before is not None
+            _leave_task(loop, before)
+            _enter_task(loop, stand_in)
         try:
             waits_for = context.run(work.send, None)
         except StopIteration as stop:
             result: T = stop.value
             return result
         finally:
-            asyncio.tasks._leave_task(loop, stand_in)
+            _leave_task(loop, stand_in)
             if before is not None:
-                asyncio.tasks._enter_task(loop, before)
+                _enter_task(loop, before)
         task = stand_in.task = loop.create_task(_Rest(work, waits_for), context=context)
         return task
 

@@ -9,7 +9,8 @@ one id never overtake each other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from numpy import ndarray
@@ -31,7 +32,7 @@ from splitinfer.transport.frames import (
     pack_map,
     pack_table,
 )
-from splitinfer.transport.tensors import Array, TensorSpec, data_of, is_plain, joinable, spec_of
+from splitinfer.transport.tensors import Array, Tensor, TensorSpec, data_of, is_plain, joinable, spec_of
 
 __all__ = ["Codec", "Outbox", "Piece"]
 
@@ -39,6 +40,7 @@ Piece: TypeAlias = "bytes | memoryview"
 
 # One copy of a body up to this size costs less than a longer list of pieces for the kernel.
 JOIN_NBYTES: Final = 16 * 1024
+_DATA: Final = attrgetter("data")
 
 
 class Codec(Protocol):
@@ -68,13 +70,13 @@ class _Small(NamedTuple):
     """How to send a small message with tensors of certain dtypes and shapes.
 
     `padded`: a place for each tensor and the zeros behind it in turn, None where all of these are empty.
-    `bare`: the tensors are numpy arrays, which are their own bytes to `join`.
+    `bytes_of` makes a tensor something for `join`; None for numpy arrays, which are that themselves.
     """
 
     table: bytes
     nbytes: int
     padded: list[Any] | None
-    bare: bool
+    bytes_of: Callable[[Any], Any] | None
 
 
 class _Bulk:
@@ -151,23 +153,23 @@ class Outbox:
             key: Any = method
             for tensor in tensors:
                 key = key, tensor.dtype, tensor.shape
-            table, nbytes, padded, bare = self._small[key]
+            table, nbytes, padded, bytes_of = self._small[key]
             packed = pack(meta) if meta else b""
             size = HEAD_NBYTES + len(table) + len(packed)
-            body: Any = tensors if bare else map(joinable, tensors)
+            body: Any = map(bytes_of, tensors) if bytes_of else tensors
             if padded is not None:
                 between = padded.copy()
                 between[::2] = body
                 body = between
             head = HEAD.pack(MAGIC, kind, value, id, len(table), len(packed), nbytes, 0)
-            frame = b"".join((head, table, packed, ZEROS[-size & 63], *body))
+            frame = b"".join([head, table, packed, ZEROS[-size & 63], *body])
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             self._send_carefully(kind, id, method, tensors, meta, value)
             return
         if (
             self._bulk
             or len(packed) > self.limits.max_meta
-            or (not bare and len(frame) != aligned(size) + nbytes)
+            or (bytes_of and len(frame) != aligned(size) + nbytes)
         ):
             self._send_carefully(kind, id, method, tensors, meta, value)
         else:
@@ -234,10 +236,11 @@ class Outbox:
             key = key, tensor.dtype, tensor.shape
         if len(self._small) >= REMEMBERED:
             self._small.clear()
-        bare = all(type(tensor) is ndarray for tensor in tensors)
+        kinds = {type(tensor) for tensor in tensors}
+        bytes_of = None if kinds <= {ndarray} else _DATA if kinds == {Tensor} else joinable
         padded = [part for spec in specs for part in (b"", ZEROS[-spec.nbytes & 63])]
         nbytes = sum(aligned(spec.nbytes) for spec in specs)
-        self._small[key] = _Small(table, nbytes, padded if any(padded) else None, bare)
+        self._small[key] = _Small(table, nbytes, padded if any(padded) else None, bytes_of)
 
     def add(self, id: int, head: bytes, body: Sequence[Piece] = (), body_nbytes: int = 0) -> None:
         """Queue frames: `head` is a whole frame, or the first one of a message up to its body, of which it

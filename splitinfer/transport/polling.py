@@ -77,12 +77,13 @@ class Polling:
     def came(self) -> None:
         """Something was received."""
         if self._since:
-            waited, self._since = monotonic() - self._since, 0.0
-            if waited <= (self._limit if self._until else self._worth):
+            # While the loop still turns the wait was short: no look at the clock.
+            if self._turning or monotonic() - self._since <= (self._limit if self._until else self._worth):
                 if self._short < _MOST:
                     self._short += 1
             elif self._short:
                 self._short -= 1
+            self._since = 0.0
 
     def _turn(self) -> None:
         """One more turn of the loop, unless the wait is over or has lasted long enough."""
