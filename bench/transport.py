@@ -9,8 +9,9 @@ payloads.
 Three loads: one row of 5,632 bytes there and back, a tensor of 16 MiB there, and 64 rows in flight. Client
 and server are two processes. Each has half of the cores to itself, as two machines would: left alone, some
 schedulers put two blocking processes on one core, where they need no wake-up, and in the next run apart. The
-peers take turns, round by round, so that what else the machine does falls on all of them; the first round
-only warms up. What a bench on loopback leaves out is the link: see
+peers take turns in short rounds, and the figures are medians of the rounds' own medians and ratios: what
+disturbs less than half of the rounds, or all peers alike, does not show. p99 is over all calls; the first
+round only warms up. What a bench on loopback leaves out is the link: see
 `splitinfer bench --rtt`.
 
 Needs the `bench` extra. The last line is JSON.
@@ -43,19 +44,19 @@ from transport_peers import BULK_NBYTES, PEERS, ROW_NBYTES, run_client, run_serv
 
 WAIT_SECONDS: Final = 60.0
 # Per round: rows, tensors, rounds of 64 rows.
-LOAD: Final = {"row": 600, "bulk": 12, "flight": 20}
+LOAD: Final = {"row": 250, "bulk": 6, "flight": 8}
 
 
 @dataclass
 class Runner:
-    """The two processes of one peer, and what was measured so far."""
+    """The two processes of one peer, and what was measured so far, round by round."""
 
     name: str
     server: BaseProcess
     client: BaseProcess
     pipe: Connection
-    rows: list[float] = field(default_factory=list)
-    bulks: list[float] = field(default_factory=list)
+    rows: list[list[float]] = field(default_factory=list)
+    bulks: list[list[float]] = field(default_factory=list)
     flights: list[float] = field(default_factory=list)
 
     @classmethod
@@ -99,15 +100,16 @@ def run(names: Sequence[str], rounds: int, share: float, apart: bool, console: C
     runners = [Runner.start(name, cores) for name in names]
     load = {what: max(int(count * share), 1) for what, count in LOAD.items()}
     try:
-        with Progress(console=console, transient=True) as progress:
+        # Drawn between measurements only: a thread that draws takes the core from one of the peers.
+        with Progress(console=console, transient=True, auto_refresh=False) as progress:
             bar = progress.add_task("measuring", total=(rounds + 1) * len(runners))
             for turn in range(rounds + 1):
                 for runner in runners:
-                    progress.update(bar, description=PEERS[runner.name].name, advance=1)
+                    progress.update(bar, description=PEERS[runner.name].name, advance=1, refresh=True)
                     taken = {what: runner.measure(what, count) for what, count in load.items()}
                     if turn:
-                        runner.rows += taken["row"]
-                        runner.bulks += taken["bulk"]
+                        runner.rows.append(taken["row"])
+                        runner.bulks.append(taken["bulk"])
                         runner.flights.append(taken["flight"])
     finally:
         for runner in runners:
@@ -115,8 +117,18 @@ def run(names: Sequence[str], rounds: int, share: float, apart: bool, console: C
     return runners
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(int(len(values) * share), len(values) - 1)]
+def p50(rounds: Sequence[Sequence[float]]) -> float:
+    return median(median(values) for values in rounds)
+
+
+def p99(rounds: Sequence[Sequence[float]]) -> float:
+    values = sorted(value for values in rounds for value in values)
+    return values[min(int(len(values) * 0.99), len(values) - 1)]
+
+
+def times(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
+    """How many times as long as `theirs` `ours` take."""
+    return median(median(one) / median(other) for one, other in zip(ours, theirs, strict=True))
 
 
 def summarise(runners: Sequence[Runner]) -> list[dict[str, Any]]:
@@ -124,21 +136,21 @@ def summarise(runners: Sequence[Runner]) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = [
         {
             "peer": runner.name,
-            "row_p50_us": percentile(runner.rows, 0.5) * 1e6,
-            "row_p99_us": percentile(runner.rows, 0.99) * 1e6,
-            "bulk_p50_gb_s": BULK_NBYTES / percentile(runner.bulks, 0.5) / 1e9,
-            "bulk_p99_gb_s": BULK_NBYTES / percentile(runner.bulks, 0.99) / 1e9,
+            "row_p50_us": p50(runner.rows) * 1e6,
+            "row_p99_us": p99(runner.rows) * 1e6,
+            "bulk_p50_gb_s": BULK_NBYTES / p50(runner.bulks) / 1e9,
+            "bulk_p99_gb_s": BULK_NBYTES / p99(runner.bulks) / 1e9,
             "in_flight_calls_s": median(runner.flights),
         }
         for runner in runners
     ]
-    peers = {record["peer"]: record for record in records}
-    for record in records:
+    peers = {runner.name: runner for runner in runners}
+    for record, runner in zip(records, runners, strict=True):
         if raw := peers.get("raw"):
-            record["row_times_raw"] = record["row_p50_us"] / raw["row_p50_us"]
-            record["bulk_share_of_raw"] = record["bulk_p50_gb_s"] / raw["bulk_p50_gb_s"]
+            record["row_times_raw"] = times(runner.rows, raw.rows)
+            record["bulk_share_of_raw"] = times(raw.bulks, runner.bulks)
         if ours := peers.get("tcp"):
-            record["row_times_ours"] = record["row_p50_us"] / ours["row_p50_us"]
+            record["row_times_ours"] = times(runner.rows, ours.rows)
     return records
 
 
@@ -177,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=8, help="rounds that count (default 8)")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds that count (default 20)")
     parser.add_argument("--quick", action="store_true", help="a fifth of the calls")
     parser.add_argument("--cores", choices=("apart", "any"), default="apart")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}")
