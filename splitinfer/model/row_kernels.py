@@ -1,4 +1,4 @@
-"""What happens to rows between the products, by the kernels in C (native/rows.c), as in `model.rows`."""
+"""What happens to rows between the products, by the kernels in C (native/), as in `model.rows`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ row's result depend on the rows beside it, and an operator per expert costs more
 The kernels here have none of that: a row's bits depend on neither its neighbours nor the number of threads.
 Where no compiler is at hand, or `SPLITINFER_KERNELS=torch`, everything runs through PyTorch instead.
 
-They use torch's own OpenMP threads (the library is linked by the name under which torch has loaded it).
+They have threads of their own, as many as torch would use (`torch.set_num_threads`): see team.c.
 """
 
 from __future__ import annotations
@@ -45,10 +45,20 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "SPLITINFER_KERNELS"
 TORCH = "torch"  # what `arithmetic` begins with where there are no kernels
-SOURCES = ("products.c", "floats.c", "integers.c", "experts.c", "exact.c", "attention.c", "rows.c")
-HEADERS = ("vectors.h", "products.h", "widen.h")
+SOURCES = (
+    "team.c",
+    "products.c",
+    "floats.c",
+    "integers.c",
+    "experts.c",
+    "exact.c",
+    "attention.c",
+    "rows.c",
+    "stretches.c",
+)
+HEADERS = ("team.h", "vectors.h", "products.h", "widen.h", "rows.h")
 # No contraction: the only fused operations are the written ones, so that every tile rounds alike.
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-pthread", "-fPIC", "-shared")
 BUILD_TIMEOUT = 120.0  # seconds; it takes about five
 FORMAT_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # the enum in products.h
 DTYPES = (torch.float32, torch.bfloat16)

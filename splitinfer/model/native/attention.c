@@ -2,6 +2,7 @@
 #include "widen.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
 enum { TILE = 6 }; /* (row, head) pairs that share a pass over one head's keys and values */
@@ -162,6 +163,32 @@ static void attend_tile(const Call *c, Tile *t, float *memory) {
     }
 }
 
+/* The tiles of a call: `height` rows by `part` of the `group` heads that share keys. */
+typedef struct {
+    const Call *call;
+    int64_t group, part, parts, height, tiles;
+    size_t nbytes; /* of memory for one tile */
+    atomic_int failed;
+} Tiles;
+
+static void attend_work(void *given, Member *member) {
+    Tiles *a = given;
+    const Call *c = a->call;
+    const int64_t across = c->kv_heads * a->parts;
+    const int loop = team_loop(member);
+    float *memory = aligned_alloc(64, a->nbytes);
+    if (!memory) atomic_store(&a->failed, 1);
+    for (int64_t item, end; memory && team_take(member, loop, across * a->tiles, &item, &end);)
+        for (; item < end; item++) {
+            int64_t row = item / across * a->height, first = item / c->kv_heads % a->parts * a->part;
+            int64_t kv_head = item % c->kv_heads;
+            Tile t = {.row = row, .rows = smaller(a->height, c->rows - row), .head = kv_head * a->group + first,
+                      .heads = smaller(a->part, a->group - first), .kv_head = kv_head};
+            attend_tile(c, &t, memory);
+        }
+    free(memory);
+}
+
 /* Causal softmax attention, without scaling, of queries [rows, heads, size] over keys and values
    [kv_heads, seen, size], whose heads lie `kv_stride` elements apart; the last `rows` of them are the queries'
    own positions. A row sees `window` keys with its own, or all before it for 0. out [rows, heads, size]. Keys
@@ -178,20 +205,7 @@ int splitinfer_attend(const void *queries, const void *keys, const void *values,
     const int64_t parts = (group + part - 1) / part, height = part < TILE ? TILE / part : 1;
     const int64_t tiles = (rows + height - 1) / height, stride = padded(size);
     const int64_t floats = TILE * (2 * stride + stride / 16 + units_of(seen) * UNIT + 2 * UNIT);
-    int failed = 0;
-#pragma omp parallel num_threads(threads) if (rows * heads * size * seen > PARALLEL_FROM)
-    {
-        float *memory = aligned_alloc(64, ((size_t)floats * 4 + 63) / 64 * 64);
-        if (!memory) failed = 1;
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < kv_heads * parts * tiles; item++) {
-            int64_t row = item / (kv_heads * parts) * height, first = item / kv_heads % parts * part;
-            int64_t kv_head = item % kv_heads;
-            Tile t = {.row = row, .rows = smaller(height, rows - row), .head = kv_head * group + first,
-                      .heads = smaller(part, group - first), .kv_head = kv_head};
-            if (memory) attend_tile(&c, &t, memory);
-        }
-        free(memory);
-    }
-    return failed ? -1 : 0;
+    Tiles a = {&c, group, part, parts, height, tiles, ((size_t)floats * 4 + 63) / 64 * 64, 0};
+    team_run(rows * heads * size * seen > PARALLEL_FROM ? threads : 1, attend_work, &a);
+    return a.failed ? -1 : 0;
 }

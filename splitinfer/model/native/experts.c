@@ -1,6 +1,7 @@
 /* The experts of one layer in one call: rows meet their experts, and leave as weighted sums. */
 #include "products.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 
 enum { SUM_FLOAT32, SUM_BFLOAT16, SUM_FIXED }; /* what the sums are written as */
@@ -16,6 +17,7 @@ typedef struct {
     int32_t *row, *begin; /* [places] the row of each; [experts + 1] where each expert begins in `order` */
     int32_t *used;        /* the experts that any row chose, ascending */
     int32_t *piece;       /* [used + 1]: pieces of CHUNK places before each used expert */
+    int64_t places;       /* that are held */
 } Plan;
 
 static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
@@ -139,6 +141,54 @@ static int down_and_sum_fixed(const Plan *p, const Matrix *matrices, int64_t n, 
     return wrong;
 }
 
+/* A call, for the team that works on it. */
+typedef struct {
+    Plan plan;
+    const Matrix *gate_up, *down, *first, *second; /* all matrices, and one of each that is held */
+    const void *x;
+    int x_bfloat16, out_kind;
+    int64_t rows, used, strip; /* strip: units of output channels that a thread takes at a time */
+    const float *weights;
+    void *out;
+    atomic_int failed, out_of_range;
+} Call;
+
+static void strip_of_sums(Call *c, int64_t unit, int64_t end, void *total) {
+    const int64_t n = c->second->n;
+    if (c->out_kind == SUM_FIXED) {
+        for (; unit < end; unit++)
+            if (down_and_sum_fixed(&c->plan, c->down, n, c->used, unit, c->rows, total, c->out))
+                atomic_store(&c->out_of_range, 1);
+    } else
+        down_and_sum(&c->plan, c->down, n, c->used, unit, end, c->rows, c->weights, total, c->out,
+                     c->out_kind == SUM_BFLOAT16);
+}
+
+static void experts_work(void *given, Member *member) {
+    Call *c = given;
+    const Plan *p = &c->plan;
+    const Rows source = p->source;
+    const int64_t width = c->first->k, pieces = p->piece[c->used] * units_of(c->first->n);
+    const int64_t held = p->places, units = units_of(c->second->n);
+    const int inner = team_loop(member), outer = team_loop(member);
+    void *total = aligned_alloc(64, (size_t)(c->strip * c->rows * UNIT) * 8);
+    if (!total) atomic_store(&c->failed, 1);
+    for (int64_t r = team_share(member, c->rows, 0); r < team_share(member, c->rows, 1); r++) {
+        copy_row(c->x, c->x_bfloat16, r * width, width, source.x + r * source.stride, source.stride);
+        prepare_row(c->first, source, r);
+    }
+    team_meet(member);
+    for (int64_t piece, end; team_take(member, inner, pieces, &piece, &end);)
+        for (; piece < end; piece++) gate_and_up(p, c->gate_up, c->used, piece);
+    team_meet(member);
+    for (int64_t i = team_share(member, held, 0); i < team_share(member, held, 1); i++)
+        activate(p, c->second, i, c->out_kind == SUM_FIXED ? c->weights[p->order[i]] : 1.0f);
+    team_meet(member);
+    for (int64_t i, end; total && team_take(member, outer, (units + c->strip - 1) / c->strip, &i, &end);)
+        for (; i < end; i++) strip_of_sums(c, i * c->strip, smaller(units, (i + 1) * c->strip), total);
+    free(total);
+}
+
 /* out [rows, H] = sum over k of weights[row, k] * expert index[row, k] (x [rows, H]), an index of -1 left out.
    `gate_up` and `down` are tables of `experts` matrices, [2 I, H] and [H, I], all of one format each; without
    a weight where the expert is not held. x is float32 or bfloat16, out one of SUM_*; floating sums go by
@@ -151,41 +201,19 @@ int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t expert
     while (!first->weight && first < gate_up + experts - 1) first++;
     const Matrix *second = down + (first - gate_up);
     const int64_t places = rows * k, width = first->k;
-    Plan plan;
-    if (make_plan(&plan, first, second, experts, rows, places)) return -1;
-    const int64_t used = sort_places(&plan, gate_up, experts, index, places, k, wrong);
-    if (used < 0) {
-        free(plan.memory);
+    Call c = {.gate_up = gate_up, .down = down, .first = first, .second = second, .x = x, .x_bfloat16 = x_bfloat16,
+              .out_kind = out_kind, .rows = rows, .weights = weights, .out = out};
+    Plan *const plan = &c.plan;
+    if (make_plan(plan, first, second, experts, rows, places)) return -1;
+    c.used = sort_places(plan, gate_up, experts, index, places, k, wrong);
+    if (c.used < 0) {
+        free(plan->memory);
         return 1;
     }
-    const int64_t held = plan.begin[experts], pieces = plan.piece[used] * units_of(first->n);
-    const int64_t units = units_of(second->n), strip = rows <= FEW ? (units + 2 * threads - 1) / (2 * threads) : 1;
-    int failed = 0, out_of_range = 0;
-#pragma omp parallel num_threads(threads) if (held * width * first->n > PARALLEL_FROM)
-    {
-        void *total = aligned_alloc(64, (size_t)(strip * rows * UNIT) * 8);
-        if (!total) failed = 1;
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
-            copy_row(x, x_bfloat16, r * width, width, plan.source.x + r * plan.source.stride, plan.source.stride);
-            prepare_row(first, plan.source, r);
-        }
-#pragma omp for schedule(guided)
-        for (int64_t piece = 0; piece < pieces; piece++) gate_and_up(&plan, gate_up, used, piece);
-#pragma omp for schedule(static)
-        for (int64_t place = 0; place < held; place++)
-            activate(&plan, second, place, out_kind == SUM_FIXED ? weights[plan.order[place]] : 1.0f);
-#pragma omp for schedule(dynamic) reduction(| : out_of_range)
-        for (int64_t unit = 0; unit < units; unit += strip) {
-            const int64_t end = smaller(units, unit + strip);
-            for (int64_t i = unit; total && out_kind == SUM_FIXED && i < end; i++)
-                out_of_range |= down_and_sum_fixed(&plan, down, second->n, used, i, rows, total, out);
-            if (total && out_kind != SUM_FIXED)
-                down_and_sum(&plan, down, second->n, used, unit, end, rows, weights, total, out,
-                             out_kind == SUM_BFLOAT16);
-        }
-        free(total);
-    }
-    free(plan.memory);
-    return failed ? -1 : out_of_range ? 2 : 0;
+    plan->places = plan->begin[experts];
+    const int64_t units = units_of(second->n);
+    c.strip = rows <= FEW ? (units + 2 * threads - 1) / (2 * threads) : 1;
+    team_run(plan->places * width * first->n > PARALLEL_FROM ? threads : 1, experts_work, &c);
+    free(plan->memory);
+    return c.failed ? -1 : c.out_of_range ? 2 : 0;
 }

@@ -22,23 +22,45 @@ void unit_product(const Matrix *m, Rows rows, const int32_t *which, int64_t coun
     }
 }
 
-void product_pieces(const Matrix *matrices, int count, Rows prepared, int64_t rows, void *out, int out_bfloat16) {
-    const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+/* One unit of channels of one chunk of rows. */
+static void product_piece(const Product *p, int64_t width, int64_t units, int64_t piece) {
+    float part[CHUNK * UNIT];
+    int64_t first = piece / units * CHUNK, unit = piece % units, before = 0;
+    int64_t held = smaller(CHUNK, p->rows - first);
+    const Matrix *m = p->matrices;
+    for (; unit >= units_of(m->n); m++) unit -= units_of(m->n), before += m->n;
+    unit_product(m, rows_from(p->prepared, first), 0, held, unit, part);
+    int64_t channels = smaller(UNIT, m->n - unit * UNIT);
+    for (int64_t r = 0; r < held; r++)
+        write_row(part + r * UNIT, channels, p->out, p->out_bfloat16, (first + r) * width + before + unit * UNIT);
+}
+
+void product_pieces(Member *member, Product p) {
+    const int64_t chunks = (p.rows + CHUNK - 1) / CHUNK;
+    const int loop = team_loop(member);
     int64_t width = 0, units = 0;
-    for (int i = 0; i < count; i++) width += matrices[i].n, units += units_of(matrices[i].n);
-#pragma omp for schedule(guided)
-    for (int64_t piece = 0; piece < chunks * units; piece++) {
-        float part[CHUNK * UNIT];
-        int64_t first = piece / units * CHUNK, unit = piece % units, before = 0;
-        int64_t held = smaller(CHUNK, rows - first);
-        const Matrix *m = matrices;
-        for (; unit >= units_of(m->n); m++) unit -= units_of(m->n), before += m->n;
-        unit_product(m, rows_from(prepared, first), 0, held, unit, part);
-        int64_t channels = smaller(UNIT, m->n - unit * UNIT);
-        for (int64_t r = 0; r < held; r++)
-            write_row(part + r * UNIT, channels, out, out_bfloat16,
-                      (first + r) * width + before + unit * UNIT);
+    for (int i = 0; i < p.count; i++) width += p.matrices[i].n, units += units_of(p.matrices[i].n);
+    team_meet(member);
+    for (int64_t piece, end; team_take(member, loop, chunks * units, &piece, &end);)
+        for (; piece < end; piece++) product_piece(&p, width, units, piece);
+    team_meet(member);
+}
+
+typedef struct {
+    Product product;
+    const void *x;
+    int x_bfloat16;
+} Call;
+
+static void product_work(void *given, Member *member) {
+    const Call *c = given;
+    const Rows prepared = c->product.prepared;
+    const int64_t k = c->product.matrices->k;
+    for (int64_t r = team_share(member, c->product.rows, 0); r < team_share(member, c->product.rows, 1); r++) {
+        copy_row(c->x, c->x_bfloat16, r * k, k, prepared.x + r * prepared.stride, prepared.stride);
+        prepare_row(c->product.matrices, prepared, r);
     }
+    product_pieces(member, c->product);
 }
 
 /* out [rows, n_0 + n_1 + ...] = x [rows, k] times each of `count` matrices transposed, which agree in k and
@@ -50,16 +72,8 @@ int splitinfer_product(const Matrix *matrices, int count, const void *x, int x_b
     for (int i = 0; i < count; i++) width += matrices[i].n;
     float *memory = aligned_alloc(64, ((size_t)rows_floats(matrices, rows) * 4 + 63) / 64 * 64);
     if (!memory) return -1;
-    Rows prepared = rows_at(matrices, rows, memory);
-#pragma omp parallel num_threads(threads) if (rows * width * k > PARALLEL_FROM)
-    {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
-            copy_row(x, x_bfloat16, r * k, k, prepared.x + r * prepared.stride, prepared.stride);
-            prepare_row(matrices, prepared, r);
-        }
-        product_pieces(matrices, count, prepared, rows, out, out_bfloat16);
-    }
+    Call c = {{matrices, count, rows_at(matrices, rows, memory), rows, out, out_bfloat16}, x, x_bfloat16};
+    team_run(rows * width * k > PARALLEL_FROM ? threads : 1, product_work, &c);
     free(memory);
     return 0;
 }

@@ -2,6 +2,7 @@
 #ifndef SPLITINFER_PRODUCTS_H
 #define SPLITINFER_PRODUCTS_H
 
+#include "team.h"
 #include "vectors.h"
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
@@ -85,8 +86,19 @@ void float_unit(const Matrix *m, Rows rows, const int32_t *which, int64_t count,
 void int8_unit(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out);
 void int4_unit(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out);
 
-/* Every piece of the product of prepared rows with `count` matrices, their outputs side by side in
-   out [rows, sum of n]; shared by the team of threads that calls it. */
-void product_pieces(const Matrix *matrices, int count, Rows prepared, int64_t rows, void *out, int out_bfloat16);
+/* Prepared rows, the `count` matrices that they meet, and where the results go, side by side: out [rows, sum of n],
+   float32 or bfloat16. */
+typedef struct {
+    const Matrix *matrices;
+    int count;
+    Rows prepared;
+    int64_t rows;
+    void *out;
+    int out_bfloat16;
+} Product;
+
+/* All of it, shared by the team whose members call this. They meet before the first piece, for other members'
+   rows, and after the last. */
+void product_pieces(Member *member, Product product);
 
 #endif

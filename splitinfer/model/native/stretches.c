@@ -1,0 +1,159 @@
+/* Whole stretches of a layer: products and what lies between them, without leaving the team of threads. */
+#include "rows.h"
+
+#include <stdlib.h>
+
+static float *team_memory(int64_t floats) { return aligned_alloc(64, ((size_t)floats * 4 + 63) / 64 * 64); }
+
+/* A member's own floats in memory that has `each` for every one of them. */
+static float *own(const Member *member, float *memory, int64_t each) { return memory + member->index * each; }
+
+/* Copies row r of x [rows, k] to where `m` wants it. */
+static void enter(const Matrix *m, Rows rows, int64_t r, const void *x, int bfloat16) {
+    copy_row(x, bfloat16, r * m->k, m->k, rows.x + r * rows.stride, rows.stride);
+    prepare_row(m, rows, r);
+}
+
+typedef struct {
+    Heads heads;
+    Product product; /* into float32 */
+    const void *x;
+    const float *norm;
+    float *scratch; /* [threads, 2 size] */
+} AttentionIn;
+
+static void attention_in_work(void *given, Member *member) {
+    const AttentionIn *a = given;
+    const Product *p = &a->product;
+    const int64_t k = p->matrices->k, begin = team_share(member, p->rows, 0), end = team_share(member, p->rows, 1);
+    for (int64_t r = begin; r < end; r++) {
+        float *row = p->prepared.x + r * p->prepared.stride;
+        copy_row(a->x, a->heads.bfloat16, r * k, k, row, p->prepared.stride);
+        float scale = root(row, k, a->heads.eps);
+        for (int64_t i = 0; i < k; i++) row[i] = row[i] * scale * a->norm[i];
+        prepare_row(p->matrices, p->prepared, r);
+    }
+    product_pieces(member, *p);
+    for (int64_t r = begin; r < end; r++)
+        heads_row(&a->heads, (float *)p->out + r * a->heads.width, r, own(member, a->scratch, 2 * a->heads.size));
+}
+
+/* What leads to attention: the norm of x [rows, k], its product with `count` matrices, and `splitinfer_heads`
+   of that. x is of the same type as the results. */
+int splitinfer_attention_in(const Matrix *matrices, int count, const void *x, int64_t rows, const float *norm,
+                            float eps, int64_t size, int64_t turning, int64_t values, int value_norm,
+                            const float *weight, const float *cosine, const float *sine, void *turned,
+                            void *value, int bfloat16, int threads) {
+    int64_t width = 0;
+    for (int i = 0; i < count; i++) width += matrices[i].n;
+    const int64_t inputs = (rows_floats(matrices, rows) + 15) / 16 * 16, outputs = (rows * width + 15) / 16 * 16;
+    float *memory = team_memory(inputs + outputs + threads * 2 * size);
+    if (!memory) return -1;
+    AttentionIn a = {
+        {width, size, turning, width / size - values, values, value_norm, weight, cosine, sine, eps, turned, value,
+         bfloat16},
+        {matrices, count, rows_at(matrices, rows, memory), rows, memory + inputs, 0},
+        x, norm, memory + inputs + outputs,
+    };
+    team_run(rows * width * matrices->k > PARALLEL_FROM ? threads : 1, attention_in_work, &a);
+    free(memory);
+    return 0;
+}
+
+typedef struct {
+    Residual residual;
+    Product product, scores; /* into float32; without matrices: no router */
+    const void *attended;
+    float *scratch; /* [threads, n] */
+} AttentionOut;
+
+static void attention_out_work(void *given, Member *member) {
+    const AttentionOut *a = given;
+    const Product *p = &a->product;
+    const int64_t n = a->residual.n, begin = team_share(member, p->rows, 0), end = team_share(member, p->rows, 1);
+    for (int64_t r = begin; r < end; r++) enter(p->matrices, p->prepared, r, a->attended, a->residual.bfloat16);
+    product_pieces(member, *p);
+    for (int64_t r = begin; r < end; r++) {
+        float *row = (float *)p->out + r * n;
+        residual_row(&a->residual, r, row, own(member, a->scratch, n));
+        if (a->scores.matrices) enter(a->scores.matrices, a->scores.prepared, r, p->out, 0);
+    }
+    if (a->scores.matrices) product_pieces(member, a->scores);
+}
+
+/* What follows attention: the product of `attended` [rows, k] with `output`, `splitinfer_residual` of x and that,
+   and, unless `router` is NULL, `splitinfer_choose` of its product with the normed rows. */
+int splitinfer_attention_out(const Matrix *output, const Matrix *router, const void *attended, const void *x,
+                             int bfloat16, int64_t rows, const float *weight, float eps, const float *first,
+                             const float *second, const float *third, void *sum, void *first_out,
+                             void *second_out, int64_t chosen, const float *expert_scale, int64_t *index,
+                             float *weights, int threads) {
+    const int64_t k = output->k, n = output->n;
+    const Matrix *next = router ? router : output;
+    const int64_t inputs = (rows_floats(output, rows) + 15) / 16 * 16, outputs = (rows * n + 15) / 16 * 16;
+    const int64_t routed = (rows_floats(next, rows) + 15) / 16 * 16;
+    float *memory = team_memory(inputs + outputs + routed + rows * next->n + threads * n);
+    if (!memory) return -1;
+    float *product = memory + inputs, *scores = product + outputs + routed;
+    AttentionOut a = {
+        {x, bfloat16, n, weight, first, second, third, eps, sum, first_out, second_out},
+        {output, 1, rows_at(output, rows, memory), rows, product, 0},
+        {router, 1, rows_at(next, rows, product + outputs), rows, scores, 0},
+        attended, scores + rows * next->n,
+    };
+    team_run(rows * n * k > PARALLEL_FROM ? threads : 1, attention_out_work, &a);
+    if (router) splitinfer_choose(scores, rows, router->n, chosen, expert_scale, index, weights);
+    free(memory);
+    return 0;
+}
+
+typedef struct {
+    Product gate_up, down; /* into float32 */
+    const void *x;
+    const float *norm;
+    float eps;
+    void *out;
+    int bfloat16;
+} Mlp;
+
+static void mlp_work(void *given, Member *member) {
+    const Mlp *a = given;
+    const Matrix *down = a->down.matrices;
+    const Rows hidden = a->down.prepared;
+    const int64_t inner = down->k, n = down->n;
+    const int64_t begin = team_share(member, a->down.rows, 0), end = team_share(member, a->down.rows, 1);
+    for (int64_t r = begin; r < end; r++) enter(a->gate_up.matrices, a->gate_up.prepared, r, a->x, a->bfloat16);
+    product_pieces(member, a->gate_up);
+    for (int64_t r = begin; r < end; r++) {
+        float *row = hidden.x + r * hidden.stride;
+        gated_row((float *)a->gate_up.out + r * 2 * inner, inner, row);
+        memset(row + inner, 0, (size_t)(hidden.stride - inner) * 4);
+        prepare_row(down, hidden, r);
+    }
+    product_pieces(member, a->down);
+    for (int64_t r = begin; r < end; r++) {
+        float *row = (float *)a->down.out + r * n, scale = a->norm ? root(row, n, a->eps) : 1.0f;
+        for (int64_t i = 0; a->norm && i < n; i++) row[i] = row[i] * scale * a->norm[i];
+        write_row(row, n, a->out, a->bfloat16, r * n);
+    }
+}
+
+/* The feed-forward network that every row passes, x [rows, H] to out [rows, H]: gate and up are `count` matrices
+   with 2 I channels in all; the result's norm times `norm` where that is given. */
+int splitinfer_mlp(const Matrix *gate_up, int count, const Matrix *down, const void *x, int64_t rows,
+                   const float *norm, float eps, void *out, int bfloat16, int threads) {
+    const int64_t k = gate_up->k, inner = down->k, n = down->n;
+    const int64_t first = (rows_floats(gate_up, rows) + 15) / 16 * 16, between = (rows * 2 * inner + 15) / 16 * 16;
+    const int64_t second = (rows_floats(down, rows) + 15) / 16 * 16;
+    float *memory = team_memory(first + between + second + rows * n);
+    if (!memory) return -1;
+    float *halves = memory + first, *prepared = halves + between;
+    Mlp a = {
+        {gate_up, count, rows_at(gate_up, rows, memory), rows, halves, 0},
+        {down, 1, rows_at(down, rows, prepared), rows, prepared + second, 0},
+        x, norm, eps, out, bfloat16,
+    };
+    team_run(rows * inner * k > PARALLEL_FROM ? threads : 1, mlp_work, &a);
+    free(memory);
+    return 0;
+}
