@@ -7,8 +7,9 @@ from collections.abc import Coroutine, Generator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any, Self, TypeVar
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ from splitinfer.model.tokenizer import Tokenizer
 __all__ = ["Engine", "load"]
 
 T = TypeVar("T")
+
+CLOSE_SECONDS = 30.0  # for saying goodbye, and for the step under way
 
 
 class Engine:
@@ -46,10 +49,13 @@ class Engine:
         self._loop = _new_event_loop()
         self._thread: Thread | None = Thread(target=self._loop.run_forever, name="splitinfer", daemon=True)
         self._thread.start()
+        # An engine that nobody closes ends when it is forgotten, at the latest before the interpreter does: a
+        # loop that still ran then would crash the process.
+        self._end = finalize(self, _end_loop, self._engine, self._loop, self._thread)
         try:
             self._run(self._engine.open())
         except BaseException:
-            self._stop_loop()
+            self.close()
             raise
 
     def __enter__(self) -> Self:
@@ -60,11 +66,8 @@ class Engine:
 
     def close(self) -> None:
         """Close the connections, forget the weights, end the thread. Safe to repeat."""
-        if self._thread is not None:
-            try:
-                self._run(self._engine.close())
-            finally:
-                self._stop_loop()
+        self._thread = None
+        self._end()
 
     def generate(self, prompt: Prompt, **options: Any) -> Completion:
         """See `AsyncEngine.generate`."""
@@ -124,12 +127,20 @@ class Engine:
                     future.exception(timeout=5.0)
             raise
 
-    def _stop_loop(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            thread.join(timeout=5.0)
-            self._loop.close()
+
+def _end_loop(engine: AsyncEngine, loop: asyncio.AbstractEventLoop, thread: Thread) -> None:
+    """Closes what the engine holds, then its loop."""
+    if thread is current_thread():  # its last reference was dropped by its own loop
+        loop.stop()
+        return
+    closing = asyncio.run_coroutine_threadsafe(engine.close(), loop)
+    try:
+        closing.result(CLOSE_SECONDS)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(CLOSE_SECONDS)
+        if not thread.is_alive():
+            loop.close()
 
 
 def load(model: str | Path, nodes: Sequence[str] | None = None, **settings: Any) -> Engine:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,3 +252,28 @@ def test_arguments_of_the_wrong_kind_are_named(without_text: Path) -> None:
         splitinfer.load(without_text, draft=None)
     with pytest.raises(UsageError, match="timeout=0"):
         splitinfer.load(without_text, timeout=0)
+
+
+def test_a_forgotten_engine_ends(without_text: Path) -> None:
+    engine = splitinfer.load(without_text)
+    thread = engine._thread
+    assert thread is not None
+    del engine
+    gc.collect()
+    assert not thread.is_alive()
+
+
+def test_an_engine_that_nobody_closes_ends_with_the_program(without_text: Path) -> None:
+    script = (
+        "import atexit, sys, threading; "
+        "atexit.register(lambda: print(*(thread.name for thread in threading.enumerate()))); "  # runs last
+        "import splitinfer; engine = splitinfer.load(sys.argv[1]); engine.generate([3, 4], max_tokens=3); "
+        "print(*(thread.name for thread in threading.enumerate()))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(without_text)], timeout=60, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    before, after = (line.split() for line in ran.stdout.splitlines())
+    assert "splitinfer" in before
+    assert "splitinfer" not in after
