@@ -9,7 +9,7 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["plot", "show", "show_llama"]
+__all__ = ["plot", "show", "show_llama", "show_windows"]
 
 WIDTH = 110
 BOUNDED = ("plain", "third local")  # columns that have a bound
@@ -22,7 +22,7 @@ def show(table: dict[str, Any]) -> None:
         "round trip", "", "tokens/s", "× plain", "of bound", "acceptance", "kB/token", "calls/token", "tokens"
     )
     for rtt, row in table.items():
-        plain = row["cells"]["plain"]["tokens_per_second"]
+        plain = row["cells"].get("plain", {}).get("tokens_per_second", math.nan)
         for name, cell in row["cells"].items():
             shown.add_row(
                 rtt,
@@ -37,11 +37,14 @@ def show(table: dict[str, Any]) -> None:
             )
         shown.add_section()
     console.print(shown)
+    console.print(_bounds(table))
     prompts = Table(
         "round trip", "of a call, ms", "512 tokens, s", "bound, s", "long, s", "pause, ms", "beside, ms"
     )
     for rtt, row in table.items():
-        found = row["prompts"]
+        found = row.get("prompts")
+        if found is None:
+            continue
         prompts.add_row(
             rtt,
             f"{found['round_trip'] * 1e3:.2f}",
@@ -51,8 +54,22 @@ def show(table: dict[str, Any]) -> None:
             f"{found['usual_pause'] * 1e3:.0f}",
             f"{found['longest_pause'] * 1e3:.0f}",
         )
-    console.print(prompts)
+    if prompts.rows:
+        console.print(prompts)
     show_bars(table, console)
+
+
+def _bounds(table: dict[str, Any]) -> Table:
+    """What the bounds are made of, ms."""
+    shown = Table("round trip", "", "a call", "a call's experts", "a token's local time", "bound", "measured")
+    for rtt, row in table.items():
+        for name in BOUNDED:
+            if (cell := row["cells"].get(name)) is None:
+                continue
+            token = 1 / cell["tokens_per_second"]
+            parts = (cell["round_trip"], cell["experts"], cell["local"], token * cell["of_bound"], token)
+            shown.add_row(rtt, name, *(f"{seconds * 1e3:.3f}" for seconds in parts))
+    return shown
 
 
 def show_bars(table: dict[str, Any], console: Console) -> None:
@@ -74,6 +91,16 @@ def show_llama(figures: dict[str, Any]) -> None:
     shown = Table("round trip", *names, title="tokens/s, " + figures["model"])
     for rtt, row in figures["rows"].items():
         shown.add_row(rtt, *(f"{row[name]:.2f}" for name in names))
+    Console(stderr=True, width=WIDTH, highlight=False).print(shown)
+
+
+def show_windows(figures: dict[str, Any]) -> None:
+    """One window of drafts and several, one row for each round trip, drafter and temperature."""
+    title = f"tokens/s over {figures['tokens']} tokens, median of {figures['rounds']}"
+    shown = Table("round trip", "", "temperature", "one window", "several", "×", "acceptance", title=title)
+    for row in figures["rows"]:
+        rates = (row["one"], row["several"], row["several"] / row["one"], row["acceptance"])
+        shown.add_row(row["rtt"], row["drafter"], f"{row['temperature']:g}", *(f"{r:.2f}" for r in rates))
     Console(stderr=True, width=WIDTH, highlight=False).print(shown)
 
 

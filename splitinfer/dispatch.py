@@ -114,6 +114,7 @@ class RemoteExperts:
         self._avoided: frozenset[int] = frozenset()
         self._avoided_until = 0.0
         self._looking: set[asyncio.Future[float]] = set()
+        self.compute_seconds = 0.0  # the nodes' own account of their arithmetic, the slowest of each layer
         self._avoid(frozenset())
 
     @classmethod
@@ -204,8 +205,10 @@ class RemoteExperts:
         deadline = start + self._timeout
         if self._avoided and start > self._avoided_until:
             self._look_again()
-        if not all(channel.connected for channel in self._channels):
-            self._pass_over()
+        for channel in self._channels:
+            if not channel.connected:
+                self._pass_over()
+                break
         shares = divide(self._owners[layer], wire)
         out = _name(wire.x.dtype) if len(shares) == 1 and not self._exact else self._wide
         calls = self._send(layer, shares, out, deadline)
@@ -323,6 +326,7 @@ class RemoteExperts:
                 call.give_up()
             raise
         end = perf_counter()
+        self.compute_seconds += compute
         total = add_partials(partials, wire.x)
         if timeline is not None:
             # What the caller waited for, split by the slowest node's own account of its arithmetic.

@@ -7,7 +7,6 @@ operations there is done with Python's own numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +23,7 @@ Indices = npt.NDArray[np.int64]
 Experts = npt.NDArray[np.int16]
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """A block of rows as it goes on the wire: x [rows, hidden], and index and weights [rows, k]."""
 
     x: Tensor
@@ -34,11 +32,12 @@ class Rows:
 
     @classmethod
     def of(cls, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Rows:
-        return cls(
-            x.detach().contiguous(),
-            top_k_index.numpy(),
-            top_k_weights.to(torch.float32).numpy(),
-        )
+        # No operator of torch where it would change nothing: each takes a microsecond or two.
+        if x.requires_grad or not x.is_contiguous():
+            x = x.detach().contiguous()
+        if top_k_weights.dtype is not torch.float32:
+            top_k_weights = top_k_weights.to(torch.float32)
+        return cls(x, top_k_index.numpy(), top_k_weights.numpy())
 
 
 class Owner:
@@ -115,13 +114,13 @@ def divide_by(owner: Experts, wire: Rows) -> list[Share]:
 
 def add_partials(partials: Sequence[Partial], x: Tensor) -> Tensor:
     """Partial sums added in node order, in float32 or fixed point, and rounded once to the dtype of `x`."""
+    if len(partials) == 1 and partials[0].rows is None and partials[0].sums.dtype is x.dtype:
+        return partials[0].sums
     if all(partial.sums.dtype is FIXED for partial in partials):
         exact = torch.zeros(x.shape, dtype=FIXED)
         for _, rows, sums in partials:
             exact[slice(None) if rows is None else torch.from_numpy(rows)] += sums
         return from_fixed(exact, x.dtype)
-    if len(partials) == 1 and partials[0].rows is None:
-        return partials[0].sums.to(x.dtype)
     ordered = sorted(partials, key=lambda partial: partial.node)
     first = ordered[0]
     if first.rows is None:

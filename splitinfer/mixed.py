@@ -24,7 +24,7 @@ class MixedExperts:
     def __init__(self, local: Experts, layers: tuple[int, ...], remote: Experts) -> None:
         self._local = local
         self._layers = frozenset(layers)
-        self._remote = remote
+        self.remote = remote
 
     def dispatch(
         self,
@@ -34,7 +34,7 @@ class MixedExperts:
         top_k_weights: Tensor,
         timeline: Timeline | None = None,
     ) -> Awaitable[Tensor]:
-        experts = self._local if layer in self._layers else self._remote
+        experts = self._local if layer in self._layers else self.remote
         return experts.dispatch(layer, x, top_k_index, top_k_weights, timeline)
 
 

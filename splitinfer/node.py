@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
-import torch
-
 from splitinfer import transport
 from splitinfer.dispatch import EXPERT_CALL
 from splitinfer.errors import UsageError
-from splitinfer.model.compute import run, runs_inline, submit, use_threads
+from splitinfer.expert_call import ExpertCalls, Request
+from splitinfer.model.compute import INLINE_ROWS, INLINE_SECONDS, submit, use_threads
 from splitinfer.model.experts import ExpertBank
 from splitinfer.model.hub import check_model, resolve_model
 from splitinfer.model.native import arithmetic
@@ -79,6 +78,8 @@ class ExpertNode:
         self._config = config
         self._bank: ExpertBank | None = None
         self._holding: Holding | None = None
+        self._expert_calls: ExpertCalls | None = None
+        self._last_seconds = math.inf  # what the last call's arithmetic took
         self._server: transport.Server | None = None
         self._stopped = asyncio.Event()
         self.calls = 0
@@ -115,6 +116,7 @@ class ExpertNode:
         """Map the weights and listen. Returns once calls are answered."""
         loop = asyncio.get_running_loop()
         self._bank, self._holding = await loop.run_in_executor(None, self._load)
+        self._expert_calls = ExpertCalls(self.bank.hidden_size, self.holding)
         self._server = await transport.serve(
             {EXPERT_CALL: self._answer, ECHO_CALL: echo},
             self._bind,
@@ -165,17 +167,22 @@ class ExpertNode:
 
     def _answer(self, call: transport.Call) -> transport.Reply | Awaitable[transport.Reply]:
         """One expert call. Few rows are answered at once; many leave the loop free to move bytes."""
-        request = _Request(call, self.bank.hidden_size, self.holding)
+        assert self._expert_calls is not None
+        request = self._expert_calls.read(call)
+        rows = len(request.index)
         self.calls += 1
-        self.rows += request.rows
-        if runs_inline(request.rows, self._compute):
-            return run(self._compute, request)
+        self.rows += rows
+        # As `compute.runs_inline`, without an inference mode, which bytes do not need.
+        if rows <= INLINE_ROWS and self._last_seconds <= INLINE_SECONDS:
+            return self._compute(request)
         return submit(self._compute, request)
 
-    def _compute(self, request: _Request) -> transport.Reply:
+    def _compute(self, request: Request) -> transport.Reply:
         start = perf_counter()
-        partial = self.bank.forward(request.layer, request.x, request.index, request.weights, request.out)
-        return transport.Reply([partial], {"compute_us": int((perf_counter() - start) * 1e6)})
+        sums = self.bank.forward_bytes(*request[:6])
+        self._last_seconds = seconds = perf_counter() - start
+        answer = transport.Tensor(request.out, request.shape, memoryview(sums))
+        return transport.Reply([answer], {"compute_us": int(seconds * 1e6)})
 
 
 def echo(call: transport.Call) -> transport.Reply:
@@ -189,34 +196,3 @@ def _ids(ranges: str | None, held: tuple[int, ...], count: int, flag: str) -> tu
 
 def _not_started() -> UsageError:
     return UsageError("the node has not started", remedy="Await node.start() first.")
-
-
-class _Request:
-    """An expert call, checked: everything a peer can get wrong is refused here, before any arithmetic."""
-
-    __slots__ = ("index", "layer", "out", "rows", "weights", "x")
-
-    def __init__(self, call: transport.Call, hidden_size: int, holding: Holding) -> None:
-        layer, out = call.meta.get("layer"), call.meta.get("out")
-        if layer not in holding.layers:
-            raise UsageError(f"this node does not hold layer {layer!r}; it holds {holding}")
-        if len(call.tensors) != 3:
-            raise UsageError(f"an expert call carries 3 tensors, not {len(call.tensors)}")
-        x, index, weights = call.tensors
-        if x.dtype not in ("float32", "bfloat16") or len(x.shape) != 2 or x.shape[1] != hidden_size:
-            raise UsageError(f"x is {x.dtype} {list(x.shape)}, not [rows, {hidden_size}] float32 or bfloat16")
-        if index.dtype != "int16" or len(index.shape) != 2 or index.shape[0] != x.shape[0]:
-            raise UsageError(f"top_k_index is {index.dtype} {list(index.shape)}, not int16 [{x.shape[0]}, k]")
-        if weights.dtype != "float32" or weights.shape != index.shape:
-            raise UsageError(
-                f"top_k_weights is {weights.dtype} {list(weights.shape)}, not float32 {list(index.shape)}"
-            )
-        if out not in ("float32", "int64", x.dtype):
-            raise UsageError(f"cannot answer {x.dtype} rows in {out!r}")
-        self.layer: int = layer
-        self.rows = x.shape[0]
-        self.x = x.torch()
-        # By numpy, which takes a third of torch's time for so few numbers.
-        self.index = torch.from_numpy(index.numpy().astype(np.int64))
-        self.weights = weights.torch()
-        self.out: torch.dtype = getattr(torch, out)

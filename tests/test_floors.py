@@ -10,7 +10,7 @@ Each room may import what stands on the same line or below it:
     batching                        many sequences per step
     mixed                           some layers here, the others on nodes
     planning                        which cut suits which machines; costs, without measuring
-    placement  fanout  trace  exact_nodes
+    placement  fanout  trace  exact_nodes  expert_call
     transport       model  demo     bytes and tensors | mathematics: neither knows the other
     config  errors  generation  timing  fixed_point
 """
@@ -42,7 +42,8 @@ MAY_IMPORT = {
     "trace": {"errors", "timing"},
     "lost_nodes": {"errors", "placement"},
     "dispatch": GROUND | {"transport", "placement", "fanout", "lost_nodes", "exact_nodes"},
-    "node": GROUND | {"transport", "placement", "dispatch", "model"},
+    "expert_call": GROUND | {"transport", "placement"},
+    "node": GROUND | {"transport", "placement", "dispatch", "expert_call", "model"},
     "batching": {"timing", "model"},
     "draft_depth": {"errors", "model"},
     "drafting": {"errors", "timing", "batching", "draft_depth", "model"},

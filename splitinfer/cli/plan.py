@@ -63,13 +63,14 @@ class Planned:
     model: str
     sizes: Sizes
     context: int
+    int8_cache: bool
     machines: tuple[Machine, ...]
     options: tuple[Option, ...]
     assumed: Assumed
     measured: bool  # whether the nodes run, and were asked
 
 
-@takes(*MODEL, *QUANT, "context", *LINK)
+@takes(*MODEL, *QUANT, "context", "kv_cache", *LINK)
 def command(
     node: Annotated[
         list[str] | None,
@@ -174,25 +175,26 @@ def _plan(
 
     with busy(f"reading what {name_of(settings)} is made of"):
         config, sizes, fingerprint = _sizes(settings)
-    context, call = config.context_of(sizes.config), None
+    context, int8, call = config.context_of(sizes.config), config.int8_cache(), None
     if asking:
-        cuts, call = run(_ask(settings, sizes, fingerprint, here, context))
+        cuts, call = run(_ask(settings, sizes, fingerprint, here, context, int8))
         machines = tuple(part.machine for part in cuts[0].parts)
     else:
-        cuts = ways_to_cut(sizes, here.memory, machines, context)
+        cuts = ways_to_cut(sizes, here.memory, machines, context, int8_cache=int8)
     assumed = _assume(sizes, here, *link)
     options = []
     for cut in cuts:
         if call is None:
-            setup = setup_of(cut, sizes, assumed, tokens=context // 2)
+            setup = setup_of(cut, sizes, assumed, tokens=context // 2, int8_cache=int8)
         else:
-            client = setup_of(replace(cut, parts=()), sizes, assumed, tokens=context // 2).client
+            here_only = setup_of(replace(cut, parts=()), sizes, assumed, tokens=context // 2, int8_cache=int8)
             local, layers = len(cut.local), sizes.config.num_hidden_layers
-            setup = Setup(client, ((local, None), (layers - local, call)))
+            setup = Setup(here_only.client, ((local, None), (layers - local, call)))
         acceptance = () if settings.draft == "off" else ACCEPTANCE
         options.append(Option(cut, weigh(setup, acceptance=acceptance)))
     options.sort(key=_best_first)
-    return Planned(model_of(settings), sizes, context, (here, *machines), tuple(options), assumed, asking)
+    everyone = (here, *machines)
+    return Planned(model_of(settings), sizes, context, int8, everyone, tuple(options), assumed, asking)
 
 
 def _best_first(option: Option) -> tuple[float, int]:
@@ -247,7 +249,7 @@ def _assume(sizes: Sizes, here: Machine, round_trip: float, bandwidth: float) ->
 
 
 async def _ask(
-    settings: Settings, sizes: Sizes, fingerprint: str, here: Machine, context: int
+    settings: Settings, sizes: Sizes, fingerprint: str, here: Machine, context: int, int8: bool
 ) -> tuple[list[Cut], CallCost]:
     """What nodes that run hold, with none and with as many layers here as fit, and what calls to them
     cost."""
@@ -279,4 +281,4 @@ async def _ask(
         finally:
             await experts.close()
     holdings = [(node.address, node.holding) for node in experts.nodes]
-    return cuts_of_holdings(sizes, here.memory, holdings, context), call
+    return cuts_of_holdings(sizes, here.memory, holdings, context, int8_cache=int8), call

@@ -148,6 +148,8 @@ def commands(planned: Planned, option: Option, settings: Settings) -> Iterator[s
             chat.append(f"--quant-{name.replace('_', '-')} {format}")
     if settings.context:
         chat.append(f"--context {settings.context}")
+    if planned.int8_cache:
+        chat.append("--kv-cache int8")
     if addresses:
         chat.append(f"--nodes {','.join(addresses)}")
         local = option.cut.local
@@ -185,7 +187,8 @@ def _assumptions(planned: Planned) -> Iterator[str]:
         f"{assumed.layer * 1e3:.2f} ms a layer and {(assumed.step + assumed.token) * 1e3:.2f} ms a token "
         "whatever the model (measured now, with the demo model)"
     )
-    yield f"a cache half full ({planned.context // 2} tokens), experts chosen evenly"
+    kept = " in int8" if planned.int8_cache else ""
+    yield f"a cache half full ({planned.context // 2} tokens{kept}), experts chosen evenly"
     if planned.options[0].weighed.depth:
         chances = "/".join(f"{chance:.2f}" for chance in ACCEPTANCE)
         yield f"drafts right as often as users report of Gemma 4's drafter: {chances}; 0.1 GB a guess"
@@ -222,6 +225,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
         "plan": planned.model,
         "version": __version__,
         "context": planned.context,
+        "kv_cache": "int8" if planned.int8_cache else None,
         "formats": formats_of(planned.sizes),
         "assumed": plain(planned.assumed),
         "measured": planned.measured,

@@ -15,7 +15,7 @@ import torch
 
 from splitinfer.errors import UsageError
 
-__all__ = ["INLINE_ROWS", "compute", "run", "runs_inline", "submit", "use_threads"]
+__all__ = ["INLINE_ROWS", "INLINE_SECONDS", "compute", "run", "runs_inline", "submit", "use_threads"]
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Awaitable, Generator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splitinfer.errors import PlacementError
+from splitinfer.errors import PlacementError, SplitinferError
 from splitinfer.fixed_point import DTYPE as FIXED
 from splitinfer.fixed_point import from_fixed, out_of_range
 from splitinfer.model.compute import run, runs_inline, submit
 from splitinfer.model.exact import expert_in_fixed_point
 from splitinfer.model.linear import Linear, matrix_of
-from splitinfer.model.native import DTYPES, Matrix, kernels
+from splitinfer.model.native import DTYPES, FIXED_SUM, Matrix, address_of, kernels
 from splitinfer.model.quantize import Packed, format_of
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
@@ -147,10 +149,43 @@ class ExpertBank:
                 top_k_weights.to(torch.float32).contiguous(),
                 torch.empty(x.shape, dtype=out_dtype),
             )
-        except KeyError as error:
-            raise _not_held(int(error.args[0]), layer) from None
-        except OverflowError:
-            raise out_of_range() from None
+        except (KeyError, OverflowError) as error:
+            raise _refusal(error, layer) from None
+
+    def forward_bytes(
+        self,
+        layer: int,
+        x: memoryview,
+        top_k_index: npt.NDArray[np.int16],
+        top_k_weights: memoryview,
+        dtype: torch.dtype,
+        out_dtype: torch.dtype,
+    ) -> bytearray:
+        """`forward` of x's bytes in `dtype` and the weights' in float32, to the sums' bytes in `out_dtype`.
+
+        For one decoded row, tensors of what came off the wire would cost as much as a small expert. The
+        memory given is writable, and aligned for its dtypes.
+        """
+        rows, k = top_k_index.shape
+        held = self._layers.get(layer)
+        if held is None or self._kernels is None or not top_k_index.size:
+            tensors = (torch.frombuffer(x, dtype=dtype) if x.nbytes else torch.empty(0, dtype=dtype)).view(
+                rows, self.hidden_size
+            )
+            weights = torch.from_numpy(np.ndarray((rows, k), np.float32, top_k_weights))
+            sums = self.forward(layer, tensors, torch.from_numpy(top_k_index), weights, out_dtype)
+            return bytearray(sums.contiguous().view(torch.uint8).numpy())
+        index = top_k_index.astype(np.int64)
+        out = bytearray(rows * self.hidden_size * out_dtype.itemsize)
+        kind = FIXED_SUM if out_dtype is FIXED else int(out_dtype is torch.bfloat16)
+        try:
+            self._kernels.experts_at(
+                held.gate_up, held.down, address_of(x), dtype is torch.bfloat16, rows, address_of(index),
+                address_of(top_k_weights), k, address_of(out), kind,
+            )  # fmt: skip
+        except (KeyError, OverflowError) as error:
+            raise _refusal(error, layer) from None
+        return out
 
     def _forward(
         self, held: _Layer, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -229,6 +264,11 @@ class _Ready(Generic[T]):
     def __await__(self) -> Generator[None, None, T]:
         return self.value
         yield
+
+
+def _refusal(error: KeyError | OverflowError, layer: int) -> SplitinferError:
+    """What the kernels say, as it is said elsewhere."""
+    return _not_held(int(error.args[0]), layer) if isinstance(error, KeyError) else out_of_range()
 
 
 def _not_held(expert: int, layer: int) -> PlacementError:

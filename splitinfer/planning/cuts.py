@@ -73,8 +73,10 @@ def usable(memory: int) -> int:
     return max(0, int(memory * (1 - SPARE)) - PROGRAM_NBYTES)
 
 
-def ways_to_cut(sizes: Sizes, memory: int, machines: Sequence[Machine], context: int) -> list[Cut]:
-    """Every cut that fits: a client of `memory` bytes, and `machines`.
+def ways_to_cut(
+    sizes: Sizes, memory: int, machines: Sequence[Machine], context: int, *, int8_cache: bool = False
+) -> list[Cut]:
+    """Every cut that fits: a client of `memory` bytes with a cache of `context` tokens, and `machines`.
 
     Raises CapacityError where none does, saying what is missing, and UsageError for a model without experts
     or a machine named twice.
@@ -90,11 +92,11 @@ def ways_to_cut(sizes: Sizes, memory: int, machines: Sequence[Machine], context:
             "two nodes have the same name", remedy="Give each its own: --node a=16GiB --node b=16GiB."
         )
     layers = range(config.num_hidden_layers)
-    fitting = _layers_here(sizes, memory, context)
+    fitting = _layers_here(sizes, memory, context, int8_cache)
     cuts: list[Cut] = []
     for here in sorted({0, fitting} if machines else {fitting}):
         local, remote = tuple(layers[:here]), tuple(layers[here:])
-        client = sizes.client(context, local)
+        client = sizes.client(context, local, int8_cache=int8_cache)
         if not remote:
             cuts.append(Cut("everything here", (), local, client))
             continue
@@ -107,7 +109,12 @@ def ways_to_cut(sizes: Sizes, memory: int, machines: Sequence[Machine], context:
 
 
 def cuts_of_holdings(
-    sizes: Sizes, memory: int, holdings: Sequence[tuple[str, Holding]], context: int
+    sizes: Sizes,
+    memory: int,
+    holdings: Sequence[tuple[str, Holding]],
+    context: int,
+    *,
+    int8_cache: bool = False,
 ) -> list[Cut]:
     """Nodes that hold what they hold, with no layers on a client of `memory` bytes, and with as many as
     fit."""
@@ -121,21 +128,24 @@ def cuts_of_holdings(
         )
         for address, own in holdings
     )
-    fitting = min(_layers_here(sizes, memory, context), sizes.config.num_hidden_layers - 1)
+    fitting = min(_layers_here(sizes, memory, context, int8_cache), sizes.config.num_hidden_layers - 1)
     ways = (tuple(range(here)) for here in sorted({0, fitting}))
-    return [Cut("as they are", parts, local, sizes.client(context, local)) for local in ways]
+    return [
+        Cut("as they are", parts, local, sizes.client(context, local, int8_cache=int8_cache))
+        for local in ways
+    ]
 
 
-def _layers_here(sizes: Sizes, memory: int, context: int) -> int:
+def _layers_here(sizes: Sizes, memory: int, context: int, int8_cache: bool) -> int:
     """How many layers' experts fit beside the client's half. Raises CapacityError where that alone does
     not."""
-    half = sizes.client(context)
+    half = sizes.client(context, int8_cache=int8_cache)
     room = usable(memory) - (half.total - half.program)
     if room < 0:
         raise CapacityError(
             f"the client's half takes {_gib(half.total)} GiB with {context} tokens of context; of this "
             f"machine's {_gib(memory)} GiB {_gib(-room)} are missing",
-            remedy="Lower --context, or hold it in fewer bits: --quant int4, --quant-attention int4, ...",
+            remedy="Lower --context, or hold it in fewer bits: --quant int4, --kv-cache int8, ...",
         )
     layers = range(sizes.config.num_hidden_layers)
     return next((n for n in layers if sizes.experts(layers[: n + 1]) > room), len(layers))

@@ -74,7 +74,7 @@ def formats_of(sizes: Sizes) -> dict[str, str]:
     }
 
 
-def setup_of(cut: Cut, sizes: Sizes, assumed: Assumed, *, tokens: int) -> Setup:
+def setup_of(cut: Cut, sizes: Sizes, assumed: Assumed, *, tokens: int, int8_cache: bool = False) -> Setup:
     """What steps over this cut would cost, with `tokens` in the cache."""
     config = sizes.config
     stages: list[tuple[int, CallCost | None]] = [(len(cut.local), None)] if cut.local else []
@@ -84,14 +84,15 @@ def setup_of(cut: Cut, sizes: Sizes, assumed: Assumed, *, tokens: int) -> Setup:
         remote = config.num_hidden_layers - len(cut.local)
         parts = cut.parts if cut.kind != "replicas" else tuple(_shared_out(cut.parts, config.num_experts))
         stages.append((remote, _call(parts, sizes, assumed)))
-    return Setup(_client(sizes, assumed, tokens), tuple(stages))
+    return Setup(_client(sizes, assumed, tokens, int8_cache), tuple(stages))
 
 
-def _client(sizes: Sizes, assumed: Assumed, tokens: int) -> ClientCost:
+def _client(sizes: Sizes, assumed: Assumed, tokens: int, int8_cache: bool) -> ClientCost:
     config, half = sizes.config, sizes.client(0)
     layers = config.num_hidden_layers
     formats = formats_of(sizes)
-    keys = cache_nbytes(config, tokens, sizes.dtype.itemsize) / layers / assumed.read
+    held = cache_nbytes(config, tokens, sizes.dtype.itemsize, int8=int8_cache)
+    keys = held / layers / assumed.read
     attention, dense = assumed.rate(formats["attention"]), assumed.rate(formats["dense"])
     head = assumed.rate(formats["lm_head"])
     everything, own = (tuple(range(config.num_experts)),), _seconds(sizes, assumed, None, None)

@@ -130,3 +130,14 @@ def test_what_cannot_be(cli: Cli, arguments: tuple[str, ...], code: int, message
 def test_names_of_machines() -> None:
     assert plan.parse_node("a.local:7078=16GiB") == ("a.local:7078", 16 << 30, 0.0)
     assert plan.parse_node("b=32 GB@40GB/s") == ("b", 32 * 10**9, 40e9)
+
+
+def test_an_int8_cache_takes_half_the_memory_and_is_in_the_command(cli: Cli) -> None:
+    whole, halved = (planned(cli, *GEMMA, *more) for more in ((), ("--kv-cache", "int8")))
+    assert (whole["kv_cache"], halved["kv_cache"]) == (None, "int8")
+    cache = [found["ways"][0]["client"]["cache"] for found in (whole, halved)]
+    assert 0.5 < cache[1] / cache[0] < 0.51  # and a scale for every row and head
+    assert halved["ways"][0]["plain"]["tokens_per_second"] > whole["ways"][0]["plain"]["tokens_per_second"]
+    ran = cli("plan", *GEMMA, "--kv-cache", "int8")
+    assert "--kv-cache int8" in ran.out
+    assert "tokens in int8)" in ran.out

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -230,3 +231,34 @@ def test_neither_rows_nor_threads_change_a_row(format: str) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(out, found[-1][: len(out)]) for out in found)
+
+
+@pytest.mark.parametrize("held", [range(EXPERTS), range(4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_bytes_give_what_tensors_give(
+    checkpoint: Checkpoint, rows: int, dtype: torch.dtype, held: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = ExpertBank(checkpoint, {LAYER: held})
+    x, index, weights = routing(rows)
+    x, index = x.to(dtype), torch.where(index < len(held), index, -1).to(torch.int16)
+    given = [memoryview(bytearray(bytes(t.contiguous().view(torch.uint8).numpy()))) for t in (x, weights)]
+    for out in (dtype, torch.float32, torch.int64):
+        expected = bank.forward(LAYER, x, index, weights, out)
+        for bank_kernels in (bank._kernels, None):
+            monkeypatch.setattr(bank, "_kernels", bank_kernels)
+            found = bank.forward_bytes(LAYER, given[0], index.numpy(), given[1], dtype, out)
+            sums = torch.frombuffer(found, dtype=out) if rows else torch.empty(0, dtype=out)
+            close = (1e-2, 1e-2) if bank_kernels is None and out is not torch.int64 else (0.0, 0.0)
+            if bank_kernels is not None or out is not torch.int64:
+                torch.testing.assert_close(sums.view(x.shape), expected, rtol=close[0], atol=close[1])
+        monkeypatch.undo()
+
+
+def test_bytes_that_name_what_is_not_held_are_refused(checkpoint: Checkpoint) -> None:
+    bank = ExpertBank(checkpoint, {LAYER: range(4)})
+    x, weights = (memoryview(bytearray(4 * n)) for n in (HIDDEN, 1))
+    with pytest.raises(PlacementError, match="expert 7 of layer 2"):
+        bank.forward_bytes(LAYER, x, np.array([[7]], np.int16), weights, torch.float32, torch.float32)
+    with pytest.raises(PlacementError, match="layer 3"):
+        bank.forward_bytes(3, x, np.array([[0]], np.int16), weights, torch.float32, torch.float32)

@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +32,11 @@ from splitinfer.errors import CapacityError, ConfigError
 
 __all__ = [
     "DTYPES",
+    "FIXED_SUM",
     "FORMAT_CODES",
     "Kernels",
     "Matrix",
+    "address_of",
     "arithmetic",
     "is_bfloat16",
     "kernels",
@@ -62,6 +65,7 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-pthread", 
 BUILD_TIMEOUT = 120.0  # seconds; it takes about five
 FORMAT_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # the enum in products.h
 DTYPES = (torch.float32, torch.bfloat16)
+FIXED_SUM = 2  # SUM_FIXED in experts.c
 
 
 class Matrix(ctypes.Structure):
@@ -117,22 +121,40 @@ class Kernels:
         `out` is float32, bfloat16, or int64 for fixed point (see `model.exact`). -1 is left out. Raises
         KeyError, with the expert, for one without a matrix, and OverflowError for a fixed sum out of range.
         """
-        kind = 2 if out.dtype is torch.int64 else int(is_bfloat16(out))
         if index.dtype != torch.int64 or weights.dtype != torch.float32:
             raise TypeError(f"top_k_index is {index.dtype}, top_k_weights {weights.dtype}")
+        kind = FIXED_SUM if out.dtype is torch.int64 else int(is_bfloat16(out))
+        self.experts_at(
+            gate_up, down, x.data_ptr(), is_bfloat16(x), len(x), index.data_ptr(), weights.data_ptr(),
+            index.shape[-1], out.data_ptr(), kind,
+        )  # fmt: skip
+        return out
+
+    def experts_at(
+        self,
+        gate_up: ctypes.Array[Matrix],
+        down: ctypes.Array[Matrix],
+        x: int,
+        bfloat16: bool,
+        rows: int,
+        index: int,
+        weights: int,
+        k: int,
+        out: int,
+        out_kind: int,
+    ) -> None:
+        """`experts` of what lies at addresses; `out_kind` is 0 for float32, 1 for bfloat16, or FIXED_SUM."""
         wrong = ctypes.c_int64()
         failed = self._experts(
-            ctypes.addressof(gate_up), ctypes.addressof(down), len(gate_up), x.data_ptr(), is_bfloat16(x),
-            len(x), index.data_ptr(), weights.data_ptr(), index.shape[-1], out.data_ptr(), kind,
-            ctypes.addressof(wrong), torch.get_num_threads(),
+            ctypes.addressof(gate_up), ctypes.addressof(down), len(gate_up), x, bfloat16, rows, index,
+            weights, k, out, out_kind, ctypes.addressof(wrong), torch.get_num_threads(),
         )  # fmt: skip
         if failed == -1:
-            raise no_memory(len(x))
+            raise no_memory(rows)
         if failed == 2:
             raise OverflowError
         if failed:
             raise KeyError(wrong.value)
-        return out
 
     def attend(
         self,
@@ -170,6 +192,11 @@ class Kernels:
         if failed:
             raise no_memory(rows)
         return out
+
+
+def address_of(buffer: memoryview | bytearray | np.ndarray[Any, Any]) -> int:
+    """Where the bytes of a writable, contiguous, not empty buffer lie."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def is_bfloat16(x: Tensor) -> bool:

@@ -1,0 +1,84 @@
+"""An expert call as a node gets it: what a peer can get wrong is refused here, before any arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from splitinfer import transport
+from splitinfer.errors import UsageError
+from splitinfer.placement import Holding
+
+__all__ = ["ExpertCalls", "Request"]
+
+_REMEMBERED: Final = 256  # kinds of calls; a client that decodes makes one for each layer
+
+
+class Request(NamedTuple):
+    """An expert call of some `rows`: what `ExpertBank.forward_bytes` takes, and the answer's dtype by name
+    and shape."""
+
+    layer: int
+    x: memoryview
+    index: npt.NDArray[np.int16]
+    weights: memoryview
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    out: str
+    shape: tuple[int, ...]
+
+
+class ExpertCalls:
+    """Reads the calls of a node that holds `holding` of a model. What was checked once, layer, dtypes and
+    shapes, is not checked again: for one decoded row that takes as long as a small expert."""
+
+    def __init__(self, hidden_size: int, holding: Holding) -> None:
+        self._hidden_size = hidden_size
+        self._holding = holding
+        self._known: dict[Any, tuple[torch.dtype, torch.dtype]] = {}
+
+    def read(self, call: transport.Call) -> Request:
+        """Raises UsageError for what cannot be computed here."""
+        meta, tensors = call.meta, call.tensors
+        try:
+            x, index, weights = tensors
+            layer, out = meta["layer"], meta["out"]
+            key = (
+                layer, out, x.dtype, x.shape, index.dtype, index.shape, weights.dtype, weights.shape
+            )  # fmt: skip
+            dtype, out_dtype = self._known[key]
+        except (KeyError, TypeError, ValueError):
+            dtype, out_dtype = self._check(call)
+            x, index, weights = tensors
+            layer, out = meta["layer"], meta["out"]
+        return Request(
+            layer, x.data, np.ndarray(index.shape, np.int16, index.data), weights.data, dtype, out_dtype, out,
+            x.shape,
+        )  # fmt: skip
+
+    def _check(self, call: transport.Call) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of x and of the answer; remembers that such a call is fine."""
+        layer, out, hidden_size = call.meta.get("layer"), call.meta.get("out"), self._hidden_size
+        if layer not in self._holding.layers:
+            raise UsageError(f"this node does not hold layer {layer!r}; it holds {self._holding}")
+        if len(call.tensors) != 3:
+            raise UsageError(f"an expert call carries 3 tensors, not {len(call.tensors)}")
+        x, index, weights = call.tensors
+        if x.dtype not in ("float32", "bfloat16") or len(x.shape) != 2 or x.shape[1] != hidden_size:
+            raise UsageError(f"x is {x.dtype} {list(x.shape)}, not [rows, {hidden_size}] float32 or bfloat16")
+        if index.dtype != "int16" or len(index.shape) != 2 or index.shape[0] != x.shape[0]:
+            raise UsageError(f"top_k_index is {index.dtype} {list(index.shape)}, not int16 [{x.shape[0]}, k]")
+        if weights.dtype != "float32" or weights.shape != index.shape:
+            raise UsageError(
+                f"top_k_weights is {weights.dtype} {list(weights.shape)}, not float32 {list(index.shape)}"
+            )
+        if out not in ("float32", "int64", x.dtype):
+            raise UsageError(f"cannot answer {x.dtype} rows in {out!r}")
+        if len(self._known) >= _REMEMBERED:
+            self._known.clear()
+        key = (layer, out, x.dtype, x.shape, index.dtype, index.shape, weights.dtype, weights.shape)
+        dtypes = self._known[key] = getattr(torch, x.dtype), getattr(torch, out)
+        return dtypes
