@@ -373,7 +373,7 @@ class RemoteExperts:
         asked: dict[Columns, npt.NDArray[np.int16]] = {}  # experts by the slice that is missing of them
         for call, _ in lost:
             span = self.placement.spans[call.share.node]
-            missing = asked.setdefault(span, np.full(wire.index.shape, -1, dtype=np.int16))
+            missing = asked.setdefault(span, np.full(wire.top_k_index.shape, -1, dtype=np.int16))
             rows = slice(None) if call.share.rows is None else call.share.rows
             missing[rows] = np.where(call.share.experts >= 0, call.share.experts, missing[rows])
         news = [(call.share.node, error) for call, error in lost if call.share.node not in self._avoided]

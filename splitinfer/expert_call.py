@@ -23,7 +23,7 @@ class Request(NamedTuple):
 
     layer: int
     x: memoryview
-    index: npt.NDArray[np.int16]
+    top_k_index: npt.NDArray[np.int16]
     weights: memoryview
     dtype: torch.dtype
     out_dtype: torch.dtype

@@ -24,10 +24,10 @@ Experts = npt.NDArray[np.int16]
 
 
 class Rows(NamedTuple):
-    """A block of rows as it goes on the wire: x [rows, hidden], and index and weights [rows, k]."""
+    """A block of rows as it goes on the wire: x [rows, hidden], and top_k_index and weights [rows, k]."""
 
     x: Tensor
-    index: Indices
+    top_k_index: Indices
     weights: npt.NDArray[np.float32]
 
     @classmethod
@@ -74,14 +74,14 @@ class Partial(NamedTuple):
 def divide(owner: Owner, wire: Rows) -> list[Share]:
     """One share for every node that has anything to do, lowest node first."""
     if owner.sole is not None and owner.sole >= 0:
-        return [Share(owner.sole, None, wire.x, wire.index.astype(np.int16), wire.weights)]
-    if len(wire.index) == 1:
+        return [Share(owner.sole, None, wire.x, wire.top_k_index.astype(np.int16), wire.weights)]
+    if len(wire.top_k_index) == 1:
         return _divide_one(owner.lists, wire)
-    return divide_by(owner.table[:, wire.index], wire)
+    return divide_by(owner.table[:, wire.top_k_index], wire)
 
 
 def _divide_one(lists: list[list[int]], wire: Rows) -> list[Share]:
-    experts: list[int] = wire.index[0].tolist()
+    experts: list[int] = wire.top_k_index[0].tolist()
     asked: dict[int, list[int]] = {}
     for table in lists:
         for place, expert in enumerate(experts):
@@ -102,7 +102,7 @@ def divide_by(owner: Experts, wire: Rows) -> list[Share]:
             continue
         mine = (owner == node).any(axis=0)
         needed = mine.any(axis=1)
-        experts = np.where(mine, wire.index, -1).astype(np.int16)
+        experts = np.where(mine, wire.top_k_index, -1).astype(np.int16)
         if needed.all():
             shares.append(Share(node, None, wire.x, experts, wire.weights))
         else:

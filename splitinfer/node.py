@@ -169,7 +169,7 @@ class ExpertNode:
         """One expert call. Few rows are answered at once; many leave the loop free to move bytes."""
         assert self._expert_calls is not None
         request = self._expert_calls.read(call)
-        rows = len(request.index)
+        rows = len(request.top_k_index)
         self.calls += 1
         self.rows += rows
         # As `compute.runs_inline`, without an inference mode, which bytes do not need.

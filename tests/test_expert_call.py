@@ -42,7 +42,7 @@ def test_what_is_read_is_what_came() -> None:
         assert (request.dtype, request.out_dtype) == (torch.float32, torch.float32)
         assert request.x is given.tensors[0].data
         assert request.weights is given.tensors[2].data
-        assert request.index.tolist() == [[2] * TOP_K] * 2
+        assert request.top_k_index.tolist() == [[2] * TOP_K] * 2
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,13 @@ def test_every_expert_is_asked_for_once_in_every_slice(
                     slice_ = table[:, expert].tolist().index(share.node)
                     assert asked[slice_, row, place] == -1
                     asked[slice_, row, place] = expert
-    assert (asked == wire.index).all()
+    assert (asked == wire.top_k_index).all()
 
 
 @given(owners, st.integers(1, 4), st.integers(0, 100))
 def test_one_row_is_divided_as_many_are(table: np.ndarray, k: int, seed: int) -> None:
     wire = block(1, k, seed)
-    quick, general = divide(Owner(table), wire), divide_by(table[:, wire.index], wire)
+    quick, general = divide(Owner(table), wire), divide_by(table[:, wire.top_k_index], wire)
     assert [(s.node, s.experts.tolist()) for s in quick] == [(s.node, s.experts.tolist()) for s in general]
 
 
@@ -59,7 +59,7 @@ def test_nobody_to_ask_is_left_out() -> None:
     wire = block(2, 3, 0)
     nobody = np.full((1, EXPERTS), -1, dtype=np.int16)
     assert divide(Owner(nobody), wire) == []
-    assert divide_by(nobody[:, wire.index], wire) == []
+    assert divide_by(nobody[:, wire.top_k_index], wire) == []
 
 
 def test_partial_sums_are_added_in_node_order_and_rounded_once() -> None:

@@ -135,7 +135,7 @@ class ExpertBank:
         held = self._layers.get(layer)
         if held is None:
             raise PlacementError(f"layer {layer} is not held here")
-        if not len(x):
+        if not x.shape[0]:
             return x.to(out_dtype)
         if self._kernels is None or not {x.dtype, out_dtype} <= {*DTYPES, FIXED}:
             forward = self._forward_fixed if out_dtype is FIXED else self._forward
@@ -237,7 +237,7 @@ class LocalExperts:
         top_k_weights: Tensor,
         timeline: Timeline | None = None,
     ) -> Awaitable[Tensor]:
-        if not runs_inline(len(x), self._forward):
+        if not runs_inline(x.shape[0], self._forward):
             return submit(self._forward, layer, x, top_k_index, top_k_weights, timeline)
         return _Ready(run(self._forward, layer, x, top_k_index, top_k_weights, timeline))
 

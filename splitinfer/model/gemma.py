@@ -154,7 +154,7 @@ class Gemma:
         return logits
 
     async def _layer(self, layer: DecoderLayer, x: Tensor, step: Step) -> Tensor:
-        rows = len(x)
+        rows = x.shape[0]
         if self.experts is None:
             x = await compute(rows, layer.without_experts, x, step)
             step.leave(layer.index)

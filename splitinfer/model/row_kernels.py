@@ -202,7 +202,7 @@ class RowKernels(TorchRows):
         if not projections.fuses:
             return super().attention_in(x, norm, eps, projections, weight, values, value_norm, cos, sin)
         x = x.contiguous()
-        rows, (turning, size) = len(x), weight.shape
+        rows, (turning, size) = x.shape[0], weight.shape
         turned = torch.empty((rows, turning, size), dtype=x.dtype)
         value = torch.empty((rows, values, size), dtype=x.dtype)
         _done(
@@ -228,7 +228,7 @@ class RowKernels(TorchRows):
         if not output.fuses or (routing is not None and not routing.proj.fuses):
             return super().attention_out(attended, output, x, weight, eps, first, second, routing)
         x, attended = x.contiguous(), attended.contiguous()
-        rows = len(x)
+        rows = x.shape[0]
         total, one = torch.empty_like(x), torch.empty_like(x)
         two = None if second is None else torch.empty_like(x)
         router = scale = third = index = weights = None
@@ -252,11 +252,11 @@ class RowKernels(TorchRows):
         if not gate_up.fuses or not down.fuses:
             return super().mlp(x, gate_up, down, norm, eps)
         x = x.contiguous()
-        out = torch.empty((len(x), down.out_features), dtype=x.dtype)
+        out = torch.empty((x.shape[0], down.out_features), dtype=x.dtype)
         _done(
             self._mlp(
                 ctypes.addressof(gate_up.matrices), len(gate_up.matrices), ctypes.addressof(down.matrices),
-                x.data_ptr(), len(x), _pointer(norm), eps, out.data_ptr(), is_bfloat16(x),
+                x.data_ptr(), x.shape[0], _pointer(norm), eps, out.data_ptr(), is_bfloat16(x),
                 torch.get_num_threads(),
             )
         )  # fmt: skip

@@ -18,6 +18,10 @@ from splitinfer.transport.wire_dtypes import WIRE_DTYPES, narrow, narrows, widen
 
 __all__ = ["BFLOAT16", "FLOAT8", "INT8", "LOSSLESS", "TensorCodec"]
 
+# What fits a new connection's congestion window leaves at once: fewer bytes would gain less than the attempt
+# costs, which for a decoded row is more than everything else about its call.
+AUTO_MIN_NBYTES: Final = 16 * 1024
+
 BFLOAT16: Final = 3
 FLOAT8: Final = 4
 INT8: Final = 5
@@ -33,8 +37,6 @@ class TensorCodec:
     `wire_dtype` narrows float tensors, both ways; None leaves them alone. It is the client's to ask for.
     `link_rate` is the link's throughput in bytes/s where it is known beforehand.
     """
-
-    min_nbytes = MIN_NBYTES
 
     def __init__(
         self,
@@ -59,6 +61,8 @@ class TensorCodec:
             lossy = frozenset() if wire_dtype is None else frozenset((_CODE_BY_WIRE[wire_dtype],))
         self.encodings: frozenset[int] = lossless | lossy
         self._lossy = lossy
+        self._auto = compression == "auto"
+        self.min_nbytes = MIN_NBYTES
 
     @property
     def link_rate(self) -> float | None:
@@ -70,8 +74,11 @@ class TensorCodec:
         if not self._rate_known:
             self._compressor.link_rate = rate
 
-    def expect_link_rate(self, rate: int) -> None:
-        """What the peer knows of the link's throughput, in bytes/s; 0 is nothing."""
+    def agree(self, accepted: frozenset[int], rate: int) -> None:
+        """The handshake is over: what the peer decodes, and what it knows of the link's throughput, in
+        bytes/s; 0 is nothing."""
+        lossy = self._lossy & accepted
+        self.min_nbytes = AUTO_MIN_NBYTES if self._auto and not lossy else MIN_NBYTES
         if rate:
             self.link_rate = float(rate)
             self._rate_known = True

@@ -57,8 +57,9 @@ class Codec(Protocol):
     def decode(self, encoding: int, spec: TensorSpec, wire: memoryview, out: memoryview, /) -> None:
         """As `inbox.Decoder`."""
 
-    def expect_link_rate(self, rate: int, /) -> None:
-        """The peer knows the link's throughput in bytes/s, so measuring it is over; 0 is that it does not."""
+    def agree(self, accepted: frozenset[int], rate: int, /) -> None:
+        """The handshake is over: what the peer decodes, and the link's throughput in bytes/s where it knows
+        that, so that measuring it is over; 0 is that it does not."""
 
     def encode(
         self, spec: TensorSpec, data: memoryview, accepted: frozenset[int], /

@@ -206,7 +206,7 @@ class Connection:
             self.outbox.limits, self.outbox.accepted = handshake.hello.limits, handshake.hello.encodings
             if self._codec is not None and self._codec.encodings & handshake.hello.encodings:
                 self.outbox.codec = self._codec
-                self._codec.expect_link_rate(handshake.hello.link_rate)
+                self._codec.agree(handshake.hello.encodings, handshake.hello.link_rate)
         if not handshake.done:
             return False
         self.open = True

@@ -47,6 +47,19 @@ def test_a_lossy_form_is_used_only_where_both_ends_list_it(wire: str) -> None:
     np.testing.assert_allclose(np.frombuffer(out, np.float32), 1, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("compression", "wire", "row"), [("auto", None, 0), ("on", None, 1), ("auto", "int8", 1)]
+)
+def test_a_decoded_row_is_not_worth_an_attempt(compression: Any, wire: str | None, row: int) -> None:
+    client = TensorCodec("client", compression, wire_dtype=wire)
+    server = TensorCodec("server", compression)
+    client.agree(server.encodings, 0)
+    server.agree(client.encodings, 0)
+    for codec in (client, server):
+        assert (codec.min_nbytes <= 5632) == tried
+        assert codec.min_nbytes <= 16384
+
+
 def test_what_was_not_agreed_on_is_refused() -> None:
     client, out = TensorCodec("client", "auto"), memoryview(bytearray(ROWS.nbytes))
     for encoding in (INT8, FLOAT8, BFLOAT16, 6, 255):

@@ -24,7 +24,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,7 +99,7 @@ class Kernels:
     def product(self, matrices: ctypes.Array[Matrix], x: Tensor, out: Tensor) -> Tensor:
         """x [rows, k] by every matrix, side by side into out [rows, sum of n]; float32 or bfloat16 each."""
         failed = self._product(
-            ctypes.addressof(matrices), len(matrices), x.data_ptr(), is_bfloat16(x), len(x), out.data_ptr(),
+            ctypes.addressof(matrices), len(matrices), x.data_ptr(), is_bfloat16(x), x.shape[0], out.data_ptr(),
             is_bfloat16(out), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
@@ -125,7 +124,7 @@ class Kernels:
             raise TypeError(f"top_k_index is {index.dtype}, top_k_weights {weights.dtype}")
         kind = FIXED_SUM if out.dtype is torch.int64 else int(is_bfloat16(out))
         self.experts_at(
-            gate_up, down, x.data_ptr(), is_bfloat16(x), len(x), index.data_ptr(), weights.data_ptr(),
+            gate_up, down, x.data_ptr(), is_bfloat16(x), x.shape[0], index.data_ptr(), weights.data_ptr(),
             index.shape[-1], out.data_ptr(), kind,
         )  # fmt: skip
         return out
@@ -194,7 +193,7 @@ class Kernels:
         return out
 
 
-def address_of(buffer: memoryview | bytearray | np.ndarray[Any, Any]) -> int:
+def address_of(buffer: Any) -> int:
     """Where the bytes of a writable, contiguous, not empty buffer lie."""
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
