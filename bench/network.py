@@ -129,7 +129,8 @@ def nodes(arguments: argparse.Namespace) -> Iterator[list[str]]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """The cells of every round trip, and its prompts, as plain numbers: medians over the rounds, in each of
     which every column is measured once."""
-    columns, table = chosen(arguments), {}
+    columns = chosen(arguments)
+    table: dict[str, Any] = {}
     prefill = any(way.streams > 1 for way in columns)
     with nodes(arguments) as addresses:
         for rtt in arguments.rtt.split(","):

@@ -243,7 +243,7 @@ async def _one(engine: AsyncEngine, number: int, tokens: int, sampling: dict[str
 
 def nodes_seconds(engine: AsyncEngine) -> float:
     """Of the nodes' arithmetic so far, by their own account."""
-    experts = engine.model.experts
+    experts: Any = engine.model.experts
     while not isinstance(experts, RemoteExperts):
         experts = experts.experts if isinstance(experts, Late) else experts.remote
     return experts.compute_seconds

@@ -14,46 +14,52 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import network
+import network_cells as cells
 
 from splitinfer.cli.console import run as run_loop
 from splitinfer.cli.processes import node_process
-from splitinfer.errors import CapacityError
+from splitinfer.errors import CapacityError, SplitinferError
 from splitinfer.transport.link import EmulatedLink, LinkSpec, parse_duration
 
 __all__ = ["compare"]
 
 TOKENS = 24
+WAYS = ("plain", "third local")
 START_SECONDS = 60.0
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens/s of both, by round trip."""
+    """Tokens/s of both, by round trip: medians over the rounds, in which they alternate."""
     file = arguments.gguf or Path("true-shapes.gguf")
     if not file.exists():
         import random_gguf
 
         random_gguf.write(file, 6)
-    rows: dict[str, dict[str, float]] = {}
-    for rtt in arguments.rtt.split(","):
-        rows[rtt] = {"llama.cpp RPC": llama_rate(arguments.llama_cpp, file, parse_duration(rtt))}
     arguments.model, arguments.plain_tokens, arguments.tokens = file, TOKENS, TOKENS
+    layers = cells.config_of(file).num_hidden_layers
+    ways = [way for way in network.ways(layers, None) if way.name in WAYS]
     sampling: dict[str, Any] = {"temperature": 0.0}
-    local = run_loop(network.in_process(file, 1, TOKENS, sampling))
+    local = run_loop(cells.in_process(file, 1, TOKENS, sampling, prefill=False))
+    rows: dict[str, dict[str, float]] = {}
     with node_process([str(file), "--threads", "1"]) as address:
-        for rtt, row in rows.items():
-            for way in network.ways(6, None):
-                if way.drafts or way.name == "no overlap":
-                    continue
-                figures, _ = run_loop(
-                    network.measure(arguments, [address], way, parse_duration(rtt), local, sampling)
-                )
-                row[way.name] = figures.tokens_per_second
-                if figures.of_bound:
-                    row[f"{way.name}, of bound"] = figures.of_bound
-    return {"model": "6 layers of Gemma 4 26B-A4B's shapes, Q4_0", "rows": rows}
+        for rtt in arguments.rtt.split(","):
+            seconds = parse_duration(rtt)
+            found: dict[str, list[float]] = {}
+            for _ in range(arguments.rounds):
+                rate = llama_rate(arguments.llama_cpp, file, seconds)
+                found.setdefault("llama.cpp RPC", []).append(rate)
+                for way in ways:
+                    figures, _ = run_loop(
+                        network.measure(arguments, [address], way, seconds, local, sampling)
+                    )
+                    found.setdefault(way.name, []).append(figures.tokens_per_second)
+                    found.setdefault(f"{way.name}, of bound", []).append(figures.of_bound)
+            rows[rtt] = {name: median(rates) for name, rates in found.items()}
+    return {"model": f"{layers} layers of Gemma 4 26B-A4B's shapes, Q4_0", "rows": rows}
 
 
 def llama_rate(folder: Path, file: Path, rtt: float) -> float:
@@ -71,7 +77,9 @@ def llama_rate(folder: Path, file: Path, rtt: float) -> float:
             command = [str(folder / "llama-bench"), "-m", str(file), "--rpc", link.address, "-ngl", "0"]
             command += ["-ot", f"exps=RPC0[{link.address}]", "-p", "0", "-n", str(TOKENS), "-t", threads]
             command += ["-r", "2", "-o", "json"]
-            done = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=600)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                raise SplitinferError(f"llama-bench left with {done.returncode}: {done.stderr[-500:]}")
     finally:
         server.terminate()
         server.wait()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import network
 import network_cells as cells
@@ -25,11 +26,8 @@ TEMPERATURES = (0.0, 0.7)
 @contextmanager
 def one_window() -> Iterator[None]:
     """The policy has no other choice inside."""
-    several, draft_depth.WINDOWS = draft_depth.WINDOWS, (1,)
-    try:
+    with patch.object(draft_depth, "WINDOWS", (1,)):
         yield
-    finally:
-        draft_depth.WINDOWS = several
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:

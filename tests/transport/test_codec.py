@@ -48,9 +48,9 @@ def test_a_lossy_form_is_used_only_where_both_ends_list_it(wire: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compression", "wire", "row"), [("auto", None, 0), ("on", None, 1), ("auto", "int8", 1)]
+    ("compression", "wire", "tried"), [("auto", None, False), ("on", None, True), ("auto", "int8", True)]
 )
-def test_a_decoded_row_is_not_worth_an_attempt(compression: Any, wire: str | None, row: int) -> None:
+def test_a_decoded_row_is_not_worth_an_attempt(compression: Any, wire: str | None, tried: bool) -> None:
     client = TensorCodec("client", compression, wire_dtype=wire)
     server = TensorCodec("server", compression)
     client.agree(server.encodings, 0)

@@ -99,8 +99,8 @@ class Kernels:
     def product(self, matrices: ctypes.Array[Matrix], x: Tensor, out: Tensor) -> Tensor:
         """x [rows, k] by every matrix, side by side into out [rows, sum of n]; float32 or bfloat16 each."""
         failed = self._product(
-            ctypes.addressof(matrices), len(matrices), x.data_ptr(), is_bfloat16(x), x.shape[0], out.data_ptr(),
-            is_bfloat16(out), torch.get_num_threads(),
+            ctypes.addressof(matrices), len(matrices), x.data_ptr(), is_bfloat16(x), x.shape[0],
+            out.data_ptr(), is_bfloat16(out), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise no_memory(len(x))
