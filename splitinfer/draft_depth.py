@@ -21,7 +21,7 @@ def check_depth(setting: int | str) -> int | None:
     """`--draft-depth`: a number of drafts, or None for "auto". Raises UsageError."""
     if setting == "auto":
         return None
-    if isinstance(setting, int) and 1 <= setting <= MAX_DEPTH:
+    if isinstance(setting, int) and not isinstance(setting, bool) and 1 <= setting <= MAX_DEPTH:
         return setting
     raise UsageError(
         f"a draft depth of {setting} is not possible", remedy=f"Choose auto, or 1 to {MAX_DEPTH}."

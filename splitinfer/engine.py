@@ -215,7 +215,7 @@ class AsyncEngine:
 
     async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """The next-token logits after every position of `token_ids`, float32 [len(token_ids), vocab]."""
-        ids = self.encode(list(token_ids))
+        ids = self.encode(token_ids)
         cache = self.new_cache()
         blocks = []
         async for hidden in self.prefill(ids, cache):

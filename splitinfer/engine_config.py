@@ -72,6 +72,11 @@ class EngineConfig:
             raise UsageError(
                 f"timeout={seconds!r} is no time to answer in", remedy="Give a number of seconds above 0."
             )
+        if not isinstance(self.transport, transport.ClientConfig | None):
+            raise UsageError(
+                f"transport={self.transport!r} sets no connection",
+                remedy="Write transport=ClientConfig(...), of splitinfer.transport.",
+            )
         if not isinstance(self.draft, str | Path):
             raise UsageError(
                 f"draft={self.draft!r} names no drafter",

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 ECHO_CALL = "echo"
 MAX_PORT = 65535
+_EXAMPLES = {"experts": "0-63", "layers": "0-14", "slice": "1/2", "host": "127.0.0.1"}
 DRAIN_TIMEOUT = 10.0  # seconds that calls in flight get to finish when the node stops
 
 
@@ -68,6 +69,9 @@ class ExpertNode:
         check_model(model)
         if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= MAX_PORT:
             raise UsageError(f"port {port!r} does not exist", remedy=f"Choose 0 (any) to {MAX_PORT}.")
+        for name, value in {"experts": experts, "layers": layers, "slice": slice, "host": host}.items():
+            if not isinstance(value, str) and (value is not None or name == "host"):
+                raise UsageError(f"{name}={value!r} is no text", remedy=f"Write {name}={_EXAMPLES[name]!r}.")
         self._model = model
         self._experts = experts
         self._layers = layers

@@ -26,6 +26,13 @@ def encode(prompt: Prompt, checkpoint: Checkpoint, tokenizer: Tokenizer | None, 
                 f"{checkpoint.path} has no tokenizer",
                 remedy="Give the prompt as token ids (--token-ids).",
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the prompt is no text: character {error.start + 1} is half of a pair or a stray byte",
+                remedy="Give it in UTF-8.",
+            ) from None
         ids = tokenizer.encode(prompt) if prompt else []
     else:
         ids = _ids(prompt)

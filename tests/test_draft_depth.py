@@ -12,7 +12,7 @@ from splitinfer.draft_depth import MAX_DEPTH, Depth, Step, check_depth
 from splitinfer.errors import UsageError
 
 
-@pytest.mark.parametrize("depth", [0, 16, "deep", 2.0])
+@pytest.mark.parametrize("depth", [0, 16, "deep", 2.0, True])
 def test_a_depth_that_cannot_be(depth: Any) -> None:
     with pytest.raises(UsageError, match="draft depth"):
         check_depth(depth)

@@ -45,6 +45,11 @@ def test_a_drafter_that_is_none(draft: Any) -> None:
     assert 'draft="off"' in caught.value.remedy
 
 
+def test_a_connection_that_is_none() -> None:
+    with pytest.raises(UsageError, match="transport='tls' sets no connection"):
+        EngineConfig(transport="tls")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("nodes", [5, [5], ["a:1", None], {"a:1": 2}])
 def test_nodes_that_are_none(nodes: Any) -> None:
     with pytest.raises(UsageError, match="nodes is"):

@@ -193,6 +193,13 @@ def test_a_port_that_does_not_exist(checkpoint: Path, port: Any) -> None:
     assert "65535" in caught.value.remedy
 
 
+@pytest.mark.parametrize("what", [{"experts": 5}, {"layers": [1]}, {"slice": 0.5}, {"host": None}], ids=str)
+def test_what_is_no_text(checkpoint: Path, what: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="is no text") as caught:
+        ExpertNode(checkpoint, **what)
+    assert next(iter(what)) in caught.value.remedy
+
+
 def test_a_node_of_no_model() -> None:
     with pytest.raises(UsageError, match="model is None"):
         ExpertNode(None)  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from splitinfer import demo
 from splitinfer.errors import UsageError
+from splitinfer.model.tokenizer import Tokenizer
 from splitinfer.model.weights import Checkpoint
 from splitinfer.prompt import encode
 from tests.checkpoints import write_checkpoint
@@ -22,6 +24,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.mark.parametrize("ids", [[2, 5], (2, 5), np.array([2, 5]), torch.tensor([2, 5])])
 def test_whole_numbers_of_any_kind(checkpoint: Checkpoint, ids: Any) -> None:
     assert encode(ids, checkpoint, None, 2) == [2, 5]
+
+
+def test_text_that_is_not_unicode() -> None:
+    """What a terminal of another encoding hands over."""
+    model = Checkpoint.open(demo.path())
+    with pytest.raises(UsageError, match="character 3 is half of a pair or a stray byte"):
+        encode("hi" + "\udcff", model, Tokenizer.open(model.path), 9)
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def use_threads(threads: int | None) -> None:
     """Bounds the arithmetic of this process (None: torch's choice). Raises UsageError for less than one."""
     if threads is None:
         return
-    if threads < 1:
-        raise UsageError(f"{threads} threads cannot compute", remedy="Choose 1 or more for threads.")
+    if not isinstance(threads, int) or threads < 1:
+        raise UsageError(f"{threads!r} threads cannot compute", remedy="Choose 1 or more for threads.")
     torch.set_num_threads(threads)
 
 

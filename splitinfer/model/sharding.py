@@ -184,7 +184,7 @@ def write_shard(
     """Writes the shard into `directory` and returns its manifest; files that an earlier run finished stay.
 
     `progress` is told, file by file, what was written. Raises UsageError where the directory holds another
-    shard or cannot be made, CapacityError where the disk is too small.
+    shard or cannot be made, CapacityError where the disk is too small or fails.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -201,6 +201,18 @@ def write_shard(
             f"{directory} has {free.f_bavail * free.f_frsize} bytes free, the shard needs {missing}",
             remedy="Free some space, or name another directory with -o.",
         )
+    try:
+        return _write_all(plan, directory, done, progress)
+    except OSError as error:
+        raise CapacityError(
+            f"{error.filename or directory} cannot be written: {(error.strerror or str(error)).lower()}",
+            remedy="Make room or mend that, and run it again: what is finished stays.",
+        ) from error
+
+
+def _write_all(
+    plan: Plan, directory: Path, done: dict[str, FileRecord], progress: Callable[[str, int], None]
+) -> Manifest:
     for name, contents in plan.small.items():
         (directory / name).write_bytes(contents)
         done[name] = FileRecord(len(contents), checksum(directory / name))

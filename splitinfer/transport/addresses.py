@@ -31,9 +31,10 @@ class Address(NamedTuple):
         host, colon, port = text.removeprefix("tcp://").rpartition(":")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
-        elif ":" in host:
+        elif ":" in host and not any(map(str.isspace, host)):
             raise UsageError(f"{text!r}: an IPv6 address needs brackets", remedy=_REMEDY)
-        if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        spaced = any(map(str.isspace, host))
+        if not colon or not host or spaced or not (port.isascii() and port.isdigit()) or int(port) > 65535:
             raise UsageError(f"{text!r} is no address", remedy=_REMEDY)
         return cls("tcp", host, int(port))
 

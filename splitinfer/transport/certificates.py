@@ -238,6 +238,12 @@ def _general_name(name: str) -> x509.GeneralName:
 def _load_own(context: ssl.SSLContext, tls: TLSConfig) -> None:
     certificate, key = Path(tls.certificate or ""), Path(tls.key or tls.certificate or "")
     try:
+        held = certificate.read_bytes() if tls.key is None else b""
+        if b"BEGIN CERTIFICATE" in held and b"PRIVATE KEY" not in held:
+            raise UsageError(
+                f"{certificate} holds no key, and none was named",
+                remedy="Name the key's file too (--tls-key).",
+            )
         refuse_readable_by_others(key)
         context.load_cert_chain(certificate, key, password=_refuse_password)
     except ssl.SSLError as error:

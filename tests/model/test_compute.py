@@ -100,6 +100,7 @@ def test_a_kind_of_job_that_was_slow_leaves_the_loop_until_it_is_quick_again(
 def test_threads_are_at_least_one() -> None:
     before = torch.get_num_threads()
     use_threads(None)
-    with pytest.raises(UsageError, match="0 threads"):
-        use_threads(0)
+    for none in (0, "two"):
+        with pytest.raises(UsageError, match=f"{none!r} threads"):
+            use_threads(none)  # type: ignore[arg-type]
     assert torch.get_num_threads() == before

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -187,6 +189,28 @@ def test_what_cannot_be_planned(model: Checkpoint, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("os.statvfs", lambda path: type("Full", (), {"f_bavail": 1, "f_frsize": 512}))
     with pytest.raises(CapacityError, match="512 bytes free"):
         write_shard(plan, tmp_path)
+
+
+def test_a_disk_that_fills_meanwhile(
+    model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said as what it is; with room again a second run goes on."""
+    plan = plan_shard(model, experts=range(EXPERTS), quant=ALL)
+    real, written = os.pwrite, []
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        written.append(offset)
+        if len(written) == 60:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(CapacityError, match="no space left on device") as caught:
+        write_shard(plan, tmp_path)
+    assert "again" in caught.value.remedy
+    assert (tmp_path / UNFINISHED).is_file()
+    manifest = write_shard(plan, tmp_path)
+    assert {name for name, _ in verify(tmp_path)} == set(manifest.files)
 
 
 def test_a_shard_of_a_shard(model: Checkpoint, tmp_path: Path) -> None:

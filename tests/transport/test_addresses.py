@@ -34,6 +34,7 @@ def test_addresses_are_read_and_written(text: str, address: Address) -> None:
         "host:70000",
         "host:-1",
         "::1:7077",
+        "a:7077 b:7077",
         "unix:",
         "memory:",
         "host:١",

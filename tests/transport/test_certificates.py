@@ -163,6 +163,8 @@ def test_files_that_cannot_serve(made: Certificate, other: Certificate, tmp_path
         server_context(TLSConfig(certificate=tmp_path / "absent.pem"))
     with pytest.raises(UsageError, match="not a certificate and its key"):
         server_context(TLSConfig(certificate=made.certificate, key=other.key))
+    with pytest.raises(UsageError, match="holds no key, and none was named"):
+        server_context(TLSConfig(certificate=made.certificate))
     garbage = tmp_path / "garbage.pem"
     garbage.write_text("nothing")
     garbage.chmod(0o600)
