@@ -221,7 +221,10 @@ class Http(Peer):
             await send({"type": "http.response.body", "body": answer})
 
         listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", http="httptools", lifespan="off"))
+        config = uvicorn.Config(
+            app, log_level="error", http="httptools", lifespan="off", timeout_keep_alive=int(TIMEOUT)
+        )
+        server = uvicorn.Server(config)
         ready(listener.getsockname()[1])
         await server.serve(sockets=[listener])
 

@@ -71,7 +71,7 @@ class SingleCall(asyncio.Future[Reply]):
     the loop. Whatever else waits is called as asyncio does it.
     """
 
-    __slots__ = ("_alone", "_waits", "deadline", "id", "method", "session", "timeout")
+    __slots__ = ("_alone", "_shared", "deadline", "id", "method", "session", "timeout")
     deadline: float
     id: int
     method: str
@@ -80,30 +80,37 @@ class SingleCall(asyncio.Future[Reply]):
     def __init__(self, *, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop=loop)
         self.session: Session | None = None
-        self._waits = 0
-        self._alone: tuple[Callable[[Any], object], Context] | None = None
+        self._alone: tuple[Callable[[Any], object], Context] | None = None  # asyncio does not know of it
+        self._shared = False
 
     def add_done_callback(
         self, callback: Callable[[Self], object], *, context: Context | None = None
     ) -> None:
-        super().add_done_callback(callback, context=context)
-        self._waits += 1
-        waits_alone = self._waits == 1 and isinstance(getattr(callback, "__self__", None), asyncio.Task)
-        self._alone = (callback, context) if waits_alone and context is not None else None
+        task = isinstance(getattr(callback, "__self__", None), asyncio.Task)
+        if task and context is not None and not self._shared and not self.done():
+            self._alone = callback, context
+        else:
+            self._share()
+            super().add_done_callback(callback, context=context)
+        self._shared = True
+
+    def _share(self) -> None:
+        """Leave it to asyncio to wake whoever waits."""
+        if self._alone is not None:
+            (wake, context), self._alone = self._alone, None
+            super().add_done_callback(wake, context=context)
 
     def cancel(self, msg: Any | None = None) -> bool:
+        self._share()
         if self.session is not None:
             self.session.forget(self)
         return super().cancel(msg)
 
     def answer(self, reply: Reply) -> None:
         """The one answer has come. A call that is done already is not in flight: `forget` saw to that."""
-        if self._alone is None:
-            self.set_result(reply)
-        else:
-            wake, context = self._alone
-            self.remove_done_callback(wake)
-            self.set_result(reply)
+        self.set_result(reply)
+        if self._alone is not None:
+            (wake, context), self._alone = self._alone, None
             context.run(wake, self)
 
     def take(self, message: Message) -> None:
@@ -119,6 +126,7 @@ class SingleCall(asyncio.Future[Reply]):
 
     def fail(self, error: Exception) -> None:
         if not self.done():
+            self._share()
             self.set_exception(error)
 
 

@@ -92,7 +92,7 @@ class Link:
 
     def flush(self) -> None:
         """Hand what waits to the kernel, as far as it takes it; the rest goes when it can."""
-        if not self._writing and not self.closed:
+        if not (self._writing or self.closed):
             self._write()
 
     def _write(self) -> None:
