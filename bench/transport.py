@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20, help="rounds that count (default 20)")
+    parser.add_argument("--rounds", type=int, default=16, help="rounds that count (default 16)")
     parser.add_argument("--quick", action="store_true", help="a fifth of the calls")
     parser.add_argument("--cores", choices=("apart", "any"), default="apart")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}")

@@ -133,11 +133,12 @@ class Splitinfer(Peer):
     async def serve(self, ready: Callable[[Any], None]) -> None:
         from splitinfer import transport
 
-        async def echo(call: transport.Call) -> Any:
-            return call.tensors
+        # Plain functions, as a node's own handlers: what does not wait need not be a coroutine.
+        def echo(call: transport.Call) -> transport.Reply:
+            return transport.Reply(call.tensors)
 
-        async def sink(call: transport.Call) -> Any:
-            return []
+        def sink(call: transport.Call) -> transport.Reply:
+            return transport.Reply()
 
         ours, theirs = self.settings()
         server = await transport.serve(
