@@ -78,16 +78,18 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(write_checkpoint(tmp_path_factory.mktemp("experts") / "wide", config))
 
 
-@pytest.mark.parametrize("rows", [1, 9, 60])
+@pytest.mark.parametrize("rows", [1, 2, 9, 60])
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
 def test_fixed_point_sums_are_exact(wide: Checkpoint, rows: int, format: str) -> None:
     """Bit for bit, over parts by expert and by slice, whatever rows are beside."""
     _, index, weights = routing(rows, k=4)
+    index[0] = index[0, 0]  # four times the same
     x = torch.randn(rows, 72, generator=torch.Generator().manual_seed(1))
     whole = ExpertBank(wide, {LAYER: range(EXPERTS)}, format=format)
     expected = whole.forward(LAYER, x, index, weights, torch.int64)
     near = whole.forward(LAYER, x, index, weights)
-    torch.testing.assert_close(from_fixed(expected, torch.float32), near, atol=1e-5, rtol=1e-5)
+    # Activations are rounded with their weight here, without it there.
+    torch.testing.assert_close(from_fixed(expected, torch.float32), near, atol=5e-5, rtol=1e-5)
     parts = [(range(5), (32, 104)), (range(5), (0, 32)), (range(5, 11), None)]
     total = torch.zeros_like(expected)
     for ids, columns in parts:
@@ -219,13 +221,14 @@ def test_neither_rows_nor_threads_change_a_row(format: str) -> None:
     gate_up, down = ((Matrix * 5)(*(matrix_of(pair[i]) for pair in packed)) for i in (0, 1))
     x = torch.randn(20, 330, generator=generator)
     index = torch.rand(20, 5, generator=generator).topk(3, dim=-1).indices
+    index[0] = 4  # one row may meet an expert more often than there are rows
     weights = torch.rand(20, 3, generator=generator)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for rows in (1, 4, 16, 17, 20):
+            for rows in (1, 2, 3, 4, 16, 17, 20):
                 out = torch.empty(rows, 330)
                 found.append(built.experts(gate_up, down, x[:rows], index[:rows], weights[:rows], out))
     finally:

@@ -56,10 +56,10 @@ def check(kind: str, shape: tuple[int, int], dtype: torch.dtype, tolerance: floa
 
 
 def fixed_point_steps(x: Tensor) -> Tensor:
-    """What the kernels for int8 and int4 round activations to: 1 / 32767 of the largest of 32 columns."""
+    """What the kernels for int8 and int4 round activations to: 1 / 32639 of the largest of 32 columns."""
     padded = F.pad(x.double(), (0, -x.shape[1] % GROUP))
     largest = padded.view(len(x), -1, GROUP).abs().amax(-1)
-    return largest.repeat_interleave(GROUP, dim=1)[:, : x.shape[1]] / 32767
+    return largest.repeat_interleave(GROUP, dim=1)[:, : x.shape[1]] / 32639
 
 
 @needs_kernels

@@ -56,7 +56,8 @@ INLINE void int4_group_fixed(const int R, const uint32_t *w, const uint16_t *sca
     const int16_t *x[4];
     for (int r = 0; r < R; r++) x[r] = fixed_row(rows, first + r) + g * 32;
     vi acc[4][NV];
-    int4_group(R, w, x, acc);
+    if (R > FEWEST) int4_group(R, 0, w, x, acc);
+    else int4_group(R, rows.few, w, x, acc);
     for (int r = 0; r < R; r++) for (int v = 0; v < NV; v++) {
         const float *terms = rows.terms + ((first + r) * rows.groups + g) * 2;
         vf part = int4_scaled(scales, halves, v, acc[r][v], terms[1]) * all(terms[0]);
@@ -74,7 +75,7 @@ static void int4_block_fixed(const Matrix *m, Rows rows, int64_t count, int64_t 
     memset(total, 0, (size_t)count * NV * 2 * sizeof *total);
     for (int64_t g = 0; g < rows.groups; g++, s += halves, w += 64) {
         int64_t r = 0;
-        for (; r + 4 <= count; r += 4) int4_group_fixed(4, w, s, halves, rows, r, g, total + r * NV * 2, largest);
+        for (; !rows.few && r + 4 <= count; r += 4) int4_group_fixed(4, w, s, halves, rows, r, g, total + r * NV * 2, largest);
         for (; r < count; r++) int4_group_fixed(1, w, s, halves, rows, r, g, total + r * NV * 2, largest);
     }
     const uint64_t shifts = (uint64_t)rows.groups * bits_of_shift();

@@ -30,6 +30,7 @@ static int make_plan(Plan *p, const Matrix *gate_up, const Matrix *down, int64_t
     if (!p->memory) return -1;
     p->source = rows_at(gate_up, rows, p->memory);
     p->hidden = rows_at(down, places, p->memory + source);
+    p->hidden.few = p->source.few; /* few rows meet an expert, however many places there are */
     p->gate_up = p->memory + source + hidden;
     p->order = (int32_t *)(p->gate_up + between);
     p->row = p->order + places;

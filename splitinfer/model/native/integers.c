@@ -5,7 +5,7 @@
 #include <math.h>
 
 enum {
-    LARGEST = 32767, /* of a fixed-point number */
+    LARGEST = 32639, /* of a fixed-point number: 127 * 256 + 127 */
     AHEAD = 2048,    /* bytes of weights that are asked for before they are needed */
 };
 
@@ -36,6 +36,24 @@ INLINE void to_fixed(const float *x, int32_t *integers, float *terms) {
     terms[1] = (float)whole;
 }
 
+/* What int4 wants of every 8 columns, for few rows: the high bytes of 0 2 4 6 1 3 5 7, then their low bytes, all
+   signed. For many: 0 4 1 5 2 6 3 7. */
+INLINE void order_few(const int32_t *integers, int8_t *to) {
+    for (int d = 0; d < 32; d += 8, to += 16)
+        for (int i = 0; i < 8; i++) {
+            int32_t number = integers[d + i / 4 + i % 4 * 2];
+            to[i] = (int8_t)((number + 128) >> 8);
+            to[8 + i] = (int8_t)number;
+        }
+}
+INLINE void order_many(const int32_t *integers, int16_t *to) {
+    for (int d = 0; d < 32; d += 8)
+        for (int i = 0; i < 4; i++) {
+            to[d + 2 * i] = (int16_t)integers[d + i];
+            to[d + 2 * i + 1] = (int16_t)integers[d + 4 + i];
+        }
+}
+
 void prepare_row(const Matrix *m, Rows rows, int64_t row) {
     if (m->format != INT4 && m->format != INT8) return;
     const float *x = rows.x + row * rows.stride;
@@ -45,12 +63,8 @@ void prepare_row(const Matrix *m, Rows rows, int64_t row) {
         int32_t integers[32];
         int16_t ordered[32];
         to_fixed(x, integers, terms);
-        if (m->format == INT4)
-            for (int d = 0; d < 32; d += 8)
-                for (int i = 0; i < 4; i++) {
-                    ordered[d + 2 * i] = (int16_t)integers[d + i];
-                    ordered[d + 2 * i + 1] = (int16_t)integers[d + 4 + i];
-                }
+        if (m->format == INT4 && rows.few) order_few(integers, (int8_t *)ordered);
+        else if (m->format == INT4) order_many(integers, ordered);
         else
             for (int i = 0; i < 32; i++) ordered[i] = (int16_t)integers[i];
         memcpy(fixed, ordered, sizeof ordered);
@@ -63,7 +77,7 @@ void prepare_row(const Matrix *m, Rows rows, int64_t row) {
 #define APART __asm__ volatile("" ::: "memory")
 
 /* R rows, B blocks. */
-INLINE void int4_tile(const int R, const int B, const Matrix *m, Rows rows, const int32_t *which,
+INLINE void int4_tile(const int R, const int B, const int few, const Matrix *m, Rows rows, const int32_t *which,
                       int64_t block, float *out) {
     const int64_t words = rows.stride / 8 * 16, halves = scale_halves(m);
     const uint32_t *w = (const uint32_t *)m->weight + block * words;
@@ -84,7 +98,7 @@ INLINE void int4_tile(const int R, const int B, const Matrix *m, Rows rows, cons
             UNROLL for (int line = 0; line < 4; line++)
                 __builtin_prefetch((const char *)(words_at + line * 16) + AHEAD);
             vi acc[4][NV];
-            int4_group(R, words_at, x, acc);
+            int4_group(R, few, words_at, x, acc);
             UNROLL for (int v = 0; v < NV; v++) UNROLL for (int r = 0; r < R; r++) {
                 vf sum = int4_scaled(scales, halves, v, acc[r][v], terms[r][2 * g + 1]);
                 total[r][b][v] = fused(sum, all(terms[r][2 * g]), total[r][b][v]);
@@ -96,19 +110,20 @@ INLINE void int4_tile(const int R, const int B, const Matrix *m, Rows rows, cons
         for (int v = 0; v < NV; v++) store(out + r * UNIT + b * 16 + v * VL, total[r][b][v]);
 }
 
+/* `count` rows and as many blocks, two at a time where `B` is 2. */
+#define BLOCKS(R, B, few) \
+    for (; b + B <= blocks; b += B) int4_tile(R, B, few, m, rows, which, first + b, out + b * 16);
+
 void int4_unit(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out) {
-    const int64_t first = unit * 4, blocks = smaller(4, (m->n + 15) / 16 - first);
-    for (; count > 0; count -= 4, which += 4, out += 4 * UNIT) {
+    const int64_t first = unit * 4, blocks = smaller(4, (m->n + 15) / 16 - first), step = rows.few ? FEWEST : 4;
+    for (; count > 0; count -= step, which += step, out += step * UNIT) {
         int64_t b = 0;
-        for (; count == 1 && b + 2 <= blocks; b += 2) int4_tile(1, 2, m, rows, which, first + b, out + b * 16);
-        for (; b < blocks; b++) {
-            switch (count) {
-            case 1: int4_tile(1, 1, m, rows, which, first + b, out + b * 16); break;
-            case 2: int4_tile(2, 1, m, rows, which, first + b, out + b * 16); break;
-            case 3: int4_tile(3, 1, m, rows, which, first + b, out + b * 16); break;
-            default: int4_tile(4, 1, m, rows, which, first + b, out + b * 16);
-            }
-        }
+        if (rows.few && count == 1) { BLOCKS(1, 2, 1) BLOCKS(1, 1, 1) }
+        else if (rows.few) BLOCKS(2, 1, 1)
+        else if (count == 1) { BLOCKS(1, 2, 0) BLOCKS(1, 1, 0) }
+        else if (count == 2) BLOCKS(2, 1, 0)
+        else if (count == 3) BLOCKS(3, 1, 0)
+        else BLOCKS(4, 1, 0)
     }
 }
 

@@ -7,7 +7,7 @@ int64_t rows_floats(const Matrix *m, int64_t rows) { return rows * (padded(m->k)
 
 Rows rows_at(const Matrix *m, int64_t rows, float *memory) {
     int64_t stride = padded(m->k);
-    return (Rows){memory, memory + rows * stride, stride, stride / 32};
+    return (Rows){memory, memory + rows * stride, stride, stride / 32, rows <= FEWEST};
 }
 
 void unit_product(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out) {

@@ -22,16 +22,18 @@ typedef struct {
 
 /* Rows as the product wants them, padded with zeros to `stride`. For FLOAT32 and BFLOAT16 they are float32. For
    INT8 and INT4 every 32 columns are 16-bit fixed point, 32 of them in a row's `x`: column = factor * integer with
-   |integer| <= 32767; `terms` holds the factor and the sum of the integers. INT4 wants every 8 columns in the
-   order 0 4 1 5 2 6 3 7. */
+   |integer| <= 32639; `terms` holds the factor and the sum of the integers. INT4 wants them in another order
+   (integers.c), of a step of `few` rows another than of many; no result depends on which. */
 typedef struct {
     float *x, *terms;
     int64_t stride, groups;
+    int few;
 } Rows;
 
 #define PARALLEL_FROM 65536 /* multiplications: below, waking a thread costs more than it saves */
 
-enum { UNIT = 64, CHUNK = 48 }; /* channels of one piece of work; rows that share a pass over its weights */
+/* Channels of one piece of work; rows that share a pass over its weights; rows at most that count as few. */
+enum { UNIT = 64, CHUNK = 48, FEWEST = 2 };
 
 INLINE int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }
 INLINE int64_t units_of(int64_t n) { return (n + UNIT - 1) / UNIT; }

@@ -143,6 +143,31 @@ INLINE vi dot_pairs(vi sum, vi a, vi b) {
 /* Nibbles j and j + 4 of every word, as pairs; j < 4. */
 INLINE vi nibble_pairs(vi words, int j) { return (vi)((vu)words >> 4 * j) & 0x000f000f; }
 
+/* Products of bytes, 0 to 15 in `a` and signed in `b`: what four of them in every lane add to a sum that may take
+   eight such steps. `whole_sum` makes one number of 32 bits in every lane of two of them, 256 * high + low. */
+INLINE vi dot_bytes(vi sum, vi a, vi b) {
+#if VL == 16 && defined(__AVX512VNNI__)
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif VL == 16
+    return (vi)_mm512_add_epi16((__m512i)sum, _mm512_maddubs_epi16((__m512i)a, (__m512i)b));
+#elif defined(__AVXVNNI__)
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return (vi)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)a, (__m256i)b));
+#else
+    for (int bits = 0; bits < 32; bits += 8) sum += ((vi)((vu)a >> bits) & 15) * (b << (24 - bits) >> 24);
+    return sum;
+#endif
+}
+INLINE vi whole_sum(vi high, vi low) {
+#if (VL == 16 && !defined(__AVX512VNNI__)) || (VL == 8 && defined(__AVX2__) && !defined(__AVXVNNI__))
+    const vi one = 0x00010001 - (vi){};
+    return dot_pairs(dot_pairs((vi){}, low, one), high, one << 8);
+#else
+    return (high << 8) + low;
+#endif
+}
+
 /* Keeps a sum in its register: integer sums may be reordered, and compilers that do so run out of them. */
 #if defined(__AVX2__)
 #define SETTLE(sum) __asm__("" : "+v"(sum))

@@ -11,8 +11,31 @@ enum { NV = 16 / VL }; /* vectors of 16 channels, or of 32 columns' pairs */
 /* Halves of a group's scales: factors and offsets of 16 channels, or factors alone. */
 INLINE int64_t scale_halves(const Matrix *m) { return m->group ? 16 : 32; }
 
-/* One group of 16 channels at `w`: their sums over 32 columns for R rows of fixed-point numbers. */
-INLINE void int4_group(const int R, const uint32_t *w, const int16_t *const *x, vi (*acc)[NV]) {
+/* One group of 16 channels at `w`: their sums over 32 columns for R <= 2 rows of fixed-point numbers. Each number is
+   256 * high + low, both signed bytes, of 8 columns as in `order_few`; sums of high and low stay apart. A fifth fewer instructions for one row. */
+INLINE void int4_few(const int R, const uint32_t *w, const int16_t *const *x, vi (*acc)[NV]) {
+    vi high[2][NV], low[2][NV];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++) high[r][v] = low[r][v] = (vi){};
+    UNROLL for (int d = 0; d < 4; d++) UNROLL for (int odd = 0; odd < 2; odd++) {
+        vi weight[NV];
+        UNROLL for (int v = 0; v < NV; v++)
+            weight[v] = (vi)((vu)*(const vu_any *)(w + d * 16 + v * VL) >> 4 * odd) & 0x0f0f0f0f;
+        UNROLL for (int r = 0; r < R; r++) {
+            vi top = all_pairs(x[r] + d * 8 + odd * 2), rest = all_pairs(x[r] + d * 8 + 4 + odd * 2);
+            UNROLL for (int v = 0; v < NV; v++) {
+                high[r][v] = dot_bytes(high[r][v], weight[v], top);
+                low[r][v] = dot_bytes(low[r][v], weight[v], rest);
+                SETTLE(high[r][v]);
+                SETTLE(low[r][v]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < NV; v++)
+        acc[r][v] = whole_sum(high[r][v], low[r][v]);
+}
+
+/* The same of R <= 4 rows whose numbers are whole: more unpacking, fewer sums to hold. */
+INLINE void int4_many(const int R, const uint32_t *w, const int16_t *const *x, vi (*acc)[NV]) {
     UNROLL for (int d = 0; d < 4; d++) {
         vi word[NV];
         UNROLL for (int v = 0; v < NV; v++) word[v] = (vi)(vu)*(const vu_any *)(w + d * 16 + v * VL);
@@ -28,6 +51,11 @@ INLINE void int4_group(const int R, const uint32_t *w, const int16_t *const *x, 
             }
         }
     }
+}
+
+INLINE void int4_group(const int R, const int few, const uint32_t *w, const int16_t *const *x, vi (*acc)[NV]) {
+    if (few) int4_few(R, w, x, acc);
+    else int4_many(R, w, x, acc);
 }
 
 /* Vector v of such sums with the group's scales: of weights times the row's integers, which add up to `whole`. */
