@@ -208,6 +208,7 @@ def test_drafts_end_where_the_reply_ends(checkpoint: Path) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.skipif(kernels() is None, reason="drafts are off where rows are not invariant")
 def test_a_model_comes_with_its_drafter(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", tiny_config(vocab_size=132))
     assistant_checkpoint(model / "assistant", ordered=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -84,6 +85,7 @@ def _threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(native.kernels() is None, reason="PyTorch's products depend on the number of rows")
 @pytest.mark.usefixtures("_threads_as_before")
 @pytest.mark.parametrize(("dtype", "quant"), FORMATS)
 def test_the_same_bits_for_every_placement(models: dict[str, Path], dtype: str, quant: str | None) -> None:
@@ -177,7 +179,7 @@ class TestRefused:
 
         monkeypatch.setattr(splitinfer.node, "arithmetic", lambda: "c 01234567 avx512")
         here = native.arithmetic()
-        with pytest.raises(PlacementError, match=f"here {here}, .* \\(c 01234567 avx512\\)"):
+        with pytest.raises(PlacementError, match=f"here {re.escape(here)}, .* \\(c 01234567 avx512\\)"):
             asyncio.run(logits_of(models["float32"], [(None, None)], PROMPT))
 
     def test_more_columns_than_can_be_added(self, tmp_path: Path) -> None:

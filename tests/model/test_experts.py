@@ -88,8 +88,10 @@ def test_fixed_point_sums_are_exact(wide: Checkpoint, rows: int, format: str) ->
     whole = ExpertBank(wide, {LAYER: range(EXPERTS)}, format=format)
     expected = whole.forward(LAYER, x, index, weights, torch.int64)
     near = whole.forward(LAYER, x, index, weights)
-    # Activations are rounded with their weight here, without it there.
-    torch.testing.assert_close(from_fixed(expected, torch.float32), near, atol=5e-5, rtol=1e-5)
+    # Activations are rounded with their weight here, without it there; without kernels PyTorch's int4 product
+    # takes them in bfloat16 there.
+    bound = 5e-5 if format != "int4" or kernels() is not None else 0.05
+    torch.testing.assert_close(from_fixed(expected, torch.float32), near, atol=bound, rtol=bound)
     parts = [(range(5), (32, 104)), (range(5), (0, 32)), (range(5, 11), None)]
     total = torch.zeros_like(expected)
     for ids, columns in parts:

@@ -7,6 +7,7 @@ import torch
 
 from splitinfer.errors import UsageError
 from splitinfer.model.experts import ExpertBank
+from splitinfer.model.native import kernels
 from splitinfer.model.quantize import FORMATS, Packed, QuantConfig, quantize
 from splitinfer.model.sharding import plan_shard, write_shard
 from splitinfer.model.slicing import column_slice, sliced
@@ -78,6 +79,12 @@ def answers(checkpoint: Checkpoint, format: str | None, columns: tuple[int, int]
         return bank.forward(1, x, index, torch.rand(7, 3, generator=generator))
 
 
+def close(found: torch.Tensor | int, expected: torch.Tensor, int4: bool) -> None:
+    """Where PyTorch stands in for the kernels, its int4 product takes rows in bfloat16."""
+    bound = 0.05 if int4 and kernels() is None else 1e-4
+    torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_slices_of_a_shard(model: Checkpoint, tmp_path: Path, format: str) -> None:
     """They add up to the whole, and are those of the checkpoint to the bit: replicas may differ in kind."""
@@ -85,14 +92,14 @@ def test_slices_of_a_shard(model: Checkpoint, tmp_path: Path, format: str) -> No
     shard = Checkpoint.open(tmp_path)
     parts = [answers(shard, None, columns) for columns in ((0, 32), (32, 96))]
     assert torch.equal(parts[1], answers(model, format, (32, 96)))
-    torch.testing.assert_close(sum(parts), answers(shard, None, None), atol=1e-4, rtol=1e-4)
+    close(sum(parts), answers(shard, None, None), format == "int4")
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0])
 def test_slices_of_a_gguf_file(model: Checkpoint, tmp_path: Path, kind: Type) -> None:
     file = Checkpoint.open(write_gguf(model, tmp_path / "m.gguf", kind))
     parts = [answers(file, None, columns) for columns in ((0, 32), (32, 64), (64, 96))]
-    torch.testing.assert_close(sum(parts), answers(file, None, None), atol=1e-4, rtol=1e-4)
+    close(sum(parts), answers(file, None, None), kind in (Type.Q4_0, Type.Q4_1))
 
 
 def test_a_cut_of_a_shard_that_is_refused(model: Checkpoint, tmp_path: Path) -> None:
