@@ -65,7 +65,7 @@ class LinkSpec:
 
     Faults, for tests: after `stall_after` bytes nothing moves for `stall_for` seconds; after `reset_after`
     bytes the connection is reset at both ends; bytes arrive `slice_nbytes` at a time (0: as they come). -1
-    means never. The jitter of equal seeds is equal.
+    means never.
     """
 
     rtt: float = 0.0
