@@ -129,28 +129,28 @@ def nodes(arguments: argparse.Namespace) -> Iterator[list[str]]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """The cells of every round trip, and its prompts, as plain numbers: medians over the rounds, in each of
     which every column is measured once."""
-    columns = chosen(arguments)
-    table: dict[str, Any] = {}
+    columns, trips = chosen(arguments), arguments.rtt.split(",")
     prefill = any(way.streams > 1 for way in columns)
+    prompts = len(cells.PROMPTS) if any(way.drafts for way in columns) else 1
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    beside: dict[str, list[dict[str, float]]] = {rtt: [] for rtt in trips}
     with nodes(arguments) as addresses:
-        for rtt in arguments.rtt.split(","):
-            found: dict[str, list[Any]] = {way.name: [] for way in columns}
-            prompts: list[dict[str, float]] = []
-            for number in range(arguments.rounds):
-                sampling = {"temperature": arguments.temperature, "seed": number}
-                alone = cells.in_process(
-                    arguments.model, len(cells.PROMPTS), arguments.tokens, sampling, prefill=prefill
-                )
-                local = run_loop(alone)
+        for number in range(arguments.rounds):
+            sampling = {"temperature": arguments.temperature, "seed": number}
+            alone = cells.in_process(arguments.model, prompts, arguments.tokens, sampling, prefill=prefill)
+            local = run_loop(alone)
+            for rtt in trips:
                 for way in columns:
-                    figures, beside = run_loop(
+                    figures, prompt = run_loop(
                         measure(arguments, addresses, way, parse_duration(rtt), local, sampling)
                     )
-                    found[way.name].append(asdict(figures))
-                    prompts += [beside] if beside else []
-            table[rtt] = {"cells": {name: middle(rounds) for name, rounds in found.items()}}
-            if prompts:
-                table[rtt]["prompts"] = middle(prompts)
+                    found.setdefault((rtt, way.name), []).append(asdict(figures))
+                    beside[rtt] += [prompt] if prompt else []
+    table: dict[str, Any] = {}
+    for rtt in trips:
+        table[rtt] = {"cells": {way.name: middle(found[rtt, way.name]) for way in columns}}
+        if beside[rtt]:
+            table[rtt]["prompts"] = middle(beside[rtt])
     return table
 
 

@@ -161,7 +161,7 @@ class ExpertNode:
         checkpoint.check_experts()
         layers = _ids(self._layers, checkpoint.held_layers, config.num_hidden_layers, "--layers")
         experts = _ids(self._experts, checkpoint.held_experts, config.num_experts, "--experts")
-        columns = None
+        columns = checkpoint.held_columns
         if self._slice is not None:
             columns = parse_slice(self._slice, config.moe_intermediate_size, "--slice")
         format = QuantConfig.of(self._quant).experts

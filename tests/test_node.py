@@ -17,6 +17,8 @@ import torch
 from splitinfer import ExpertNode, transport
 from splitinfer.errors import CapacityError, CheckpointError, SplitinferError, UsageError
 from splitinfer.model.native import kernels
+from splitinfer.model.sharding import plan_shard, write_shard
+from splitinfer.model.weights import Checkpoint
 from splitinfer.placement import Holding
 from tests.checkpoints import tiny_config, write_checkpoint
 
@@ -205,3 +207,13 @@ def test_what_is_no_text(checkpoint: Path, what: dict[str, Any]) -> None:
 def test_a_node_of_no_model() -> None:
     with pytest.raises(UsageError, match="model is None"):
         ExpertNode(None)  # type: ignore[arg-type]
+
+
+def test_a_node_on_the_shard_of_a_slice_knows_its_slice(checkpoint: Path, tmp_path: Path) -> None:
+    write_shard(plan_shard(Checkpoint.open(checkpoint), experts=range(6), columns=(0, 8)), tmp_path / "s")
+
+    async def start() -> Holding:
+        async with ExpertNode(tmp_path / "s", port=0) as node:
+            return node.holding
+
+    assert asyncio.run(start()).columns == (0, 8)

@@ -42,12 +42,14 @@ SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 0, "ignore_eos": True}
 
 @dataclass(frozen=True)
 class Effort:
-    """How often each kind of thing is measured. A fifth as many come before, to warm up."""
+    """How often each kind of thing is measured. A fifth as many come before, to warm up. All of it is done in
+    so many `passes`."""
 
     steps: int = 30
     calls: int = 60
     pings: int = 30
     tokens: int = 32
+    passes: int = 3
 
     @staticmethod
     def warm_up(count: int) -> int:

@@ -49,10 +49,10 @@ def read_settings(path):
     """Return the settings in the file as a dictionary."""
 '''
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "ignore_eos": True}
-AT_LEAST = 1.0  # seconds that a case is run: short ones are repeated, and the median counts
-AT_MOST = 5  # times
+AT_LEAST = 0.4  # seconds that a case is run in a pass: short ones are repeated, and the median counts
+AT_MOST = 3  # times
 DISTURBED = 0.25  # cores that others take while something is measured: more is too much
-TRIES = 3
+TRIES = 2
 
 T = TypeVar("T")
 
@@ -114,11 +114,18 @@ class Bench:
     yields: dict[int, float] = field(default_factory=dict)
 
     def measure(self, nodes: str, addresses: Sequence[str], cases: Sequence[Case]) -> Iterator[Decoded]:
-        """Every case over every link, on nodes that a person knows as `nodes`."""
-        known = self.client
+        """Every case over every link, on nodes that a person knows as `nodes`: the medians of a few passes.
 
+        A pass calibrates, predicts and decodes all of them, so that what disturbs the machine for some
+        seconds spoils one pass and not a case.
+        """
+        passes = [list(self._pass(nodes, addresses, cases)) for _ in range(self.effort.passes)]
+        for same in zip(*passes, strict=True):
+            yield _middle(same)
+
+    def _pass(self, nodes: str, addresses: Sequence[str], cases: Sequence[Case]) -> Iterator[Decoded]:
         def calibrate() -> list[float]:
-            self.client = known
+            self.client = None
             return run(self._calibrate(nodes, addresses, cases))
 
         with busy(f"{nodes}: calibrating"):
@@ -157,19 +164,16 @@ class Bench:
             self.calls[nodes] = await calibrate_calls(
                 experts, engine.config, engine.model.dtype, trips[0], self.effort
             )
-            if self.client is None:
-                bank = None
-                if any(case.local for case in cases):
-                    every = {0: range(engine.config.num_experts)}
-                    format = self.config.quant_config().experts
-                    bank = ExpertBank(
-                        engine.checkpoint, every, dtype=self.config.torch_dtype(), format=format
-                    )
-                self.client = await calibrate_client(engine, bank, self.effort)
-                if self.drafter is not None:
-                    depth = max(case.depth for case in cases)
-                    cost = await calibrate_drafter(engine, self.drafter, depth, self.effort)
-                    self.client = replace(self.client, draft=cost)
+            bank = None
+            if any(case.local for case in cases):
+                every = {0: range(engine.config.num_experts)}
+                format = self.config.quant_config().experts
+                bank = ExpertBank(engine.checkpoint, every, dtype=self.config.torch_dtype(), format=format)
+            self.client = await calibrate_client(engine, bank, self.effort)
+            if self.drafter is not None:
+                depth = max(case.depth for case in cases)
+                cost = await calibrate_drafter(engine, self.drafter, depth, self.effort)
+                self.client = replace(self.client, draft=cost)
         for depth in {case.depth for case in cases} - self.yields.keys() - {0}:
             self.yields[depth] = await self._accepted(addresses, depth)
         return trips
@@ -248,6 +252,16 @@ class Bench:
         return sum(_rate([at for at in times if begin <= at <= end]) for times in arrivals)
 
 
+def _middle(same: Sequence[Decoded]) -> Decoded:
+    """One case of several passes: the medians of what was predicted, measured and taken by others."""
+    by_prediction = sorted(same, key=lambda found: found.predicted.tokens_per_second)
+    return replace(
+        by_prediction[len(same) // 2],
+        measured=median(found.measured for found in same),
+        others=median(found.others for found in same),
+    )
+
+
 def _rate(times: Sequence[float]) -> float:
     """Tokens per second of arrivals, by what lies between the first and the last."""
     return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
@@ -273,7 +287,8 @@ def undisturbed(measure: Callable[[], T]) -> tuple[T, float]:
 
 
 def _taken_by_others() -> float:
-    """Seconds of processor time that programs other than this one and those that it started have taken."""
+    """Seconds of processor time that programs other than this one and those that it started have taken, and
+    on a virtual machine other machines."""
     import psutil
 
     every, own = psutil.cpu_times(), psutil.Process()
@@ -282,7 +297,8 @@ def _taken_by_others() -> float:
     for child in own.children():
         with suppress(psutil.NoSuchProcess):
             mine += sum(child.cpu_times()[:2])
-    return float(every.user + every.nice + every.system - mine)
+    stolen = getattr(every, "steal", 0.0)
+    return float(every.user + every.nice + every.system + stolen - mine)
 
 
 @contextmanager

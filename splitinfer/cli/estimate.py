@@ -37,7 +37,7 @@ def print_node(settings: Settings) -> None:
     checkpoint = _open(settings)
     checkpoint.check_experts()
     config = checkpoint.config
-    experts, layers, columns = checkpoint.held_experts, checkpoint.held_layers, None
+    experts, layers, columns = checkpoint.held_experts, checkpoint.held_layers, checkpoint.held_columns
     if settings.experts is not None:
         experts = parse_ranges(settings.experts, config.num_experts, "--experts")
     if settings.layers is not None:

@@ -21,18 +21,19 @@ __all__ = ["EPILOG", "command"]
 EPILOG = """
 [bold]Examples[/bold]
   splitinfer shard path/to/gemma --experts 0-63 --quant int4 -o half
+  splitinfer shard path/to/gemma --slice 1/2 --quant int4 -o left   half of every expert
   splitinfer shard path/to/gemma --client --quant int4 -o client    everything but experts
   splitinfer shard path/to/gemma --quant int4 --dry-run             how large each file would be
   splitinfer node half                                              serve it
 
-Without --experts and --client it is the whole model. A run that was stopped
+Without --experts, --layers, --slice and --client it is the whole model. A run that was stopped
 goes on where it left off.
 """
 
 _WHAT = "What it holds"
 
 
-@takes(*MODEL, "experts", "layers", *QUANT)
+@takes(*MODEL, "experts", "layers", "slice", *QUANT)
 def command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Where the shard goes.")
@@ -67,7 +68,7 @@ def _plan(settings: Settings, *, client: bool) -> Plan:
     from splitinfer.model.quantize import QuantConfig
     from splitinfer.model.sharding import plan_shard
     from splitinfer.model.weights import Checkpoint
-    from splitinfer.placement import parse_ranges
+    from splitinfer.placement import parse_ranges, parse_slice
 
     checkpoint = Checkpoint.open(resolve_model(model_of(settings)))
     config = checkpoint.config
@@ -79,7 +80,11 @@ def _plan(settings: Settings, *, client: bool) -> Plan:
         held_experts = ()
     if settings.layers is not None:
         held_layers = parse_ranges(settings.layers, config.num_hidden_layers, "--layers")
-    whole = settings.experts is None and settings.layers is None
+    columns = checkpoint.held_columns
+    if settings.slice is not None:
+        checkpoint.check_experts()
+        columns = parse_slice(settings.slice, config.moe_intermediate_size, "--slice")
+    whole = settings.experts is None and settings.layers is None and columns is None
     quant = QuantConfig.of(
         settings.quant,
         attention=settings.quant_attention,
@@ -88,7 +93,12 @@ def _plan(settings: Settings, *, client: bool) -> Plan:
         lm_head=settings.quant_lm_head,
     )
     return plan_shard(
-        checkpoint, experts=held_experts, layers=held_layers, client=client or whole, quant=quant
+        checkpoint,
+        experts=held_experts,
+        layers=held_layers,
+        client=client or whole,
+        quant=quant,
+        columns=columns,
     )
 
 

@@ -22,7 +22,7 @@ from splitinfer.errors import CheckpointError, UsageError
 from splitinfer.model.config import load_config, read_json
 from splitinfer.model.mapped import MappedFile
 from splitinfer.model.quantize import GROUP, Packed, QuantConfig
-from splitinfer.model.slicing import sliced
+from splitinfer.model.slicing import sliced, sliced_shape
 from splitinfer.model.weights import SHARD, Checkpoint, expected_tensors
 
 __all__ = ["MANIFEST", "VERSION", "FileRecord", "Manifest", "ShardCheckpoint", "checksum", "verify"]
@@ -43,7 +43,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard holds. `experts` and `layers` are ids; `client` is everything but experts."""
+    """What a shard holds. `experts` and `layers` are ids; `client` is everything but experts; `columns` is
+    the slice of every expert's intermediate dimension, from its first to before its last (None: all)."""
 
     fingerprint: str
     dtype: str
@@ -52,6 +53,7 @@ class Manifest:
     client: bool
     quant: QuantConfig
     files: dict[str, FileRecord]
+    columns: tuple[int, int] | None = None
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1)
@@ -68,7 +70,10 @@ class Manifest:
             files = {name: FileRecord(**record) for name, record in table.pop("files").items()}
             quant = QuantConfig(**table.pop("quant"))
             layers, experts = tuple(table.pop("layers")), tuple(table.pop("experts"))
-            manifest = cls(layers=layers, experts=experts, quant=quant, files=files, **table)
+            columns = tuple(table.pop("columns", None) or ())
+            manifest = cls(
+                layers=layers, experts=experts, quant=quant, files=files, columns=columns or None, **table
+            )
         except (AttributeError, KeyError, TypeError):
             raise CheckpointError(
                 f"{file} is not a shard's manifest", path=str(file), remedy=MAKE_AGAIN
@@ -76,8 +81,9 @@ class Manifest:
         if any(name != Path(name).name for name in files):
             raise CheckpointError(f"{file} names files elsewhere", path=str(file), remedy=MAKE_AGAIN)
         plain = (str, str, bool), (manifest.fingerprint, manifest.dtype, manifest.client)
-        numbers = (*layers, *experts, *(record.nbytes for record in files.values()))
-        if [type(value) for value in plain[1]] != list(plain[0]) or {type(n) for n in numbers} - {int}:
+        numbers = (*layers, *experts, *columns, *(record.nbytes for record in files.values()))
+        wrong = [type(value) for value in plain[1]] != list(plain[0]) or {type(n) for n in numbers} - {int}
+        if wrong or (columns and not (len(columns) == 2 and 0 <= columns[0] < columns[1])):
             raise CheckpointError(f"{file} is not a shard's manifest", path=str(file), remedy=MAKE_AGAIN)
         return manifest
 
@@ -95,6 +101,10 @@ class ShardCheckpoint(Checkpoint):
                 file = MappedFile(directory / name)
                 self._located.update((stored, (file, stored)) for stored in file.entries)
         self._shapes = dict(expected_tensors(self.config))
+        if manifest.columns is not None:
+            width = manifest.columns[1] - manifest.columns[0]
+            for name, shape in self._shapes.items():
+                self._shapes[name] = sliced_shape(name, shape, width)
 
     @classmethod
     def open(cls, path: str | Path) -> ShardCheckpoint:
@@ -119,6 +129,10 @@ class ShardCheckpoint(Checkpoint):
     @property
     def held_experts(self) -> tuple[int, ...]:
         return self.manifest.experts
+
+    @property
+    def held_columns(self) -> tuple[int, int] | None:
+        return self.manifest.columns
 
     def stored_as(self, name: str, format: str | None) -> tuple[int, str]:
         packed = self._packed(name, format, self.tensor(name), self._scales(name), *self._shapes[name][-2:])
@@ -149,6 +163,12 @@ class ShardCheckpoint(Checkpoint):
                 f"{self.path} does not hold experts {lo}-{hi - 1} of layer {layer}",
                 remedy="Name what it holds, or make a shard of these.",
             )
+        held = self.manifest.columns
+        if held is not None and columns != held:
+            raise UsageError(
+                f"{self.path} holds columns {held[0]}-{held[1] - 1} of every expert, and no others",
+                remedy="Serve it as it is: splitinfer node without --slice.",
+            )
         first = self.manifest.experts.index(lo)
         places = range(first, first + hi - lo)
         parts = [
@@ -156,7 +176,7 @@ class ShardCheckpoint(Checkpoint):
         ]
         for place in places:
             pair = parts[0][place], parts[1][place]
-            yield pair if columns is None else sliced(*pair, columns)
+            yield pair if columns == held else sliced(*pair, columns)
 
     def _stack(self, name: str, format: str | None) -> list[Packed]:
         """All experts of one tensor, views."""

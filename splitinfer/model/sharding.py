@@ -19,6 +19,7 @@ from torch import Tensor
 from splitinfer.errors import CapacityError, UsageError
 from splitinfer.model.quantize import Packed, QuantConfig, packed_shapes
 from splitinfer.model.shard import MANIFEST, FileRecord, Manifest, checksum
+from splitinfer.model.slicing import sliced_shape
 from splitinfer.model.weights import Checkpoint, expected_tensors
 
 __all__ = ["Plan", "PlannedFile", "plan_shard", "write_shard"]
@@ -102,8 +103,10 @@ def plan_shard(
     layers: Sequence[int] | None = None,
     client: bool = False,
     quant: QuantConfig | None = None,
+    columns: tuple[int, int] | None = None,
 ) -> Plan:
     """What a shard of `experts` of `layers` (None: all) and, if `client`, of everything else would be.
+    `columns` is the part held of every expert's intermediate dimension (None: all).
 
     Touches no weights. Raises UsageError for a shard of nothing, and for tied embeddings in two formats.
     """
@@ -129,6 +132,7 @@ def plan_shard(
         client=client,
         quant=quant,
         files={},
+        columns=columns if held else None,
     )
     groups: dict[str, list[str]] = {}
     for name, _ in expected_tensors(config):
@@ -154,6 +158,10 @@ def _planned(checkpoint: Checkpoint, manifest: Manifest, file: str, names: Seque
             continue
         group, format = checkpoint.stored_as(name, format)
         lead = (len(manifest.experts),) if name.endswith(EXPERTS) else ()
+        if manifest.columns is not None and name.endswith("experts.down_proj"):
+            group = min(group, manifest.columns[1] - manifest.columns[0])  # by channel: as many as there are
+        if manifest.columns is not None:
+            shape = sliced_shape(name, shape, manifest.columns[1] - manifest.columns[0])
         for part, (dtype, packed) in packed_shapes(format, shape[-2], shape[-1], group).items():
             suffix = "" if part == "weight" else ".scales"
             tensors.append(_Stored(name + suffix, dtype, (*lead, *packed)))
@@ -280,7 +288,9 @@ def _contents(plan: Plan, file: PlannedFile) -> Iterator[tuple[str, Tensor]]:
     if file.name.startswith("experts-"):
         layer = int(file.sources[0].split(".")[1])
         for expert in manifest.experts:
-            for pair in checkpoint.experts(layer, expert, expert + 1, manifest.quant.experts):
+            for pair in checkpoint.experts(
+                layer, expert, expert + 1, manifest.quant.experts, columns=manifest.columns
+            ):
                 for name, packed in zip(file.sources, pair, strict=True):
                     yield from _pieces(name, packed)
         return

@@ -13,7 +13,7 @@ import torch
 from splitinfer.errors import UsageError
 from splitinfer.model.quantize import BLOCK, GROUP, Packed
 
-__all__ = ["column_slice", "sliced"]
+__all__ = ["column_slice", "sliced", "sliced_shape"]
 
 
 def sliced(gate_up: Packed, down: Packed, columns: tuple[int, int]) -> tuple[Packed, Packed]:
@@ -22,6 +22,13 @@ def sliced(gate_up: Packed, down: Packed, columns: tuple[int, int]) -> tuple[Pac
     low, high = columns
     rows = torch.cat((torch.arange(low, high), torch.arange(low, high) + gate_up.out_features // 2))
     return _row_slice(gate_up, rows), column_slice(down, low, high)
+
+
+def sliced_shape(name: str, shape: tuple[int, ...], columns: int) -> tuple[int, ...]:
+    """The shape of a tensor where experts are cut to so many columns: other tensors keep theirs."""
+    if name.endswith("experts.gate_up_proj"):
+        return (*shape[:-2], 2 * columns, shape[-1])
+    return (*shape[:-1], columns) if name.endswith("experts.down_proj") else shape
 
 
 def _row_slice(packed: Packed, rows: torch.Tensor) -> Packed:

@@ -193,6 +193,11 @@ class Checkpoint:
         """Experts that are here, in each of `held_layers`."""
         return tuple(range(self.config.num_experts))
 
+    @property
+    def held_columns(self) -> tuple[int, int] | None:
+        """The slice of every expert's intermediate dimension that is here; None: all of it."""
+        return None
+
     def stored_as(self, name: str, format: str | None) -> tuple[int, str]:
         """Columns per scale (0: the format's own) and format that `matrix` or `experts` would give."""
         return 0, format or natural_format(DTYPES[self.entry(name).dtype])

@@ -221,3 +221,35 @@ def test_a_shard_of_a_shard(model: Checkpoint, tmp_path: Path) -> None:
         part.tensor("layers.0.experts.gate_up_proj")[0], whole.tensor("layers.0.experts.gate_up_proj")[7]
     )
     assert Manifest.read(tmp_path / "b" / MANIFEST).fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+def test_a_shard_of_a_slice(model: Checkpoint, tmp_path: Path, format: str | None) -> None:
+    """What the slice of the model computes, bit for bit; it knows its part and gives no other."""
+    columns, held = (4, 12), {1: range(2, 5)}
+    part = shard(model, tmp_path / "s", experts=(2, 3, 4), quant=QuantConfig(format), columns=columns)
+    assert part.held_columns == columns
+    assert len(list(verify(tmp_path / "s"))) == LAYERS + len(model.small_files())
+    x, index = torch.randn(3, model.config.hidden_size), torch.tensor([[2, 3], [3, 4], [4, 2]])
+    weights = torch.rand(3, 2)
+    expected, found = (
+        ExpertBank(checkpoint, held, format=format, columns=columns).forward(1, x, index, weights)
+        for checkpoint in (model, part)
+    )
+    assert torch.equal(found, expected)
+    again = shard(part, tmp_path / "again", experts=(2, 3), columns=columns)
+    assert again.held_columns == columns
+    for other in (None, (4, 8)):
+        with pytest.raises(UsageError, match="holds columns 4-11 of every expert, and no others"):
+            ExpertBank(part, held, columns=other)
+
+
+@pytest.mark.parametrize("columns", [[1], [3, 2], [-1, 4], ["0", 4]])
+def test_a_manifest_with_columns_that_cannot_be(
+    model: Checkpoint, tmp_path: Path, columns: list[object]
+) -> None:
+    shard(model, tmp_path / "s", experts=(2,), columns=(4, 12))
+    file = tmp_path / "s" / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"columns": columns}))
+    with pytest.raises(CheckpointError, match="not a shard's manifest"):
+        Checkpoint.open(tmp_path / "s")
