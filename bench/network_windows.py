@@ -19,7 +19,7 @@ from splitinfer.transport.link import parse_duration
 
 __all__ = ["compare"]
 
-TOKENS = 160
+TOKENS = 120
 TEMPERATURES = (0.0, 0.7)
 
 

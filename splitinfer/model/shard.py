@@ -176,7 +176,7 @@ class ShardCheckpoint(Checkpoint):
         ]
         for place in places:
             pair = parts[0][place], parts[1][place]
-            yield pair if columns == held else sliced(*pair, columns)
+            yield pair if columns is None or columns == held else sliced(*pair, columns)
 
     def _stack(self, name: str, format: str | None) -> list[Packed]:
         """All experts of one tensor, views."""

@@ -65,7 +65,7 @@ def test_what_others_disturb_is_measured_again(
 
     found, others = decode.undisturbed(measure)
     assert (found, len(measured)) == (runs, runs)
-    assert (others >= decode.DISTURBED) == (runs == 3)
+    assert (others >= decode.DISTURBED) == isinstance(taken, range)
 
 
 def test_sets_of_nodes() -> None:
