@@ -18,7 +18,7 @@ from splitinfer.errors import UsageError
 __all__ = ["INLINE_ROWS", "INLINE_SECONDS", "compute", "run", "runs_inline", "submit", "use_threads"]
 
 # What `torch.inference_mode()` is a wrapper of: a decoded row enters it some hundred times a token.
-_InferenceMode: Any = torch._C._InferenceMode
+_InferenceMode: Any = getattr(torch._C, "_InferenceMode", torch.inference_mode)
 P = ParamSpec("P")
 T = TypeVar("T")
 
