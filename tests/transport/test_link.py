@@ -23,13 +23,15 @@ class EchoServer:
         self.port: int = self._listener.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self.endings: list[str] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._closing = False
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def _accept(self) -> None:
         while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
+            connection, _ = self._listener.accept()
+            if self._closing:
+                connection.close()
                 return
             threading.Thread(target=self._echo, args=(connection,), daemon=True).start()
 
@@ -44,6 +46,10 @@ class EchoServer:
                 self.endings.append("reset")
 
     def close(self) -> None:
+        """A thread left in `accept` might take a connection of the next socket with this one's number."""
+        self._closing = True
+        dial(self.port).close()
+        self._accepting.join()
         self._listener.close()
 
 
