@@ -35,51 +35,18 @@ class RowKernels(TorchRows):
             "combine", *[pointer] * 3, integer, size, size, pointer, pointer, real, real, pointer, integer
         )
         self._heads = bind(
-            "heads",
-            pointer,
-            *[size] * 6,
-            integer,
-            pointer,
-            pointer,
-            pointer,
-            real,
-            pointer,
-            pointer,
-            integer,
-            integer,
+            "heads", pointer, *[size] * 6, integer, *[pointer] * 3, real, pointer, pointer, integer, integer
         )
         self._gated = bind("gated", pointer, size, size, pointer, integer)
         self._choose = bind("choose", pointer, size, size, size, pointer, pointer, pointer)
         self._attention_in = bind(
-            "attention_in",
-            pointer,
-            integer,
-            pointer,
-            size,
-            pointer,
-            real,
-            size,
-            size,
-            size,
-            integer,
-            *[pointer] * 5,
-            integer,
-            integer,
-        )
+            "attention_in", pointer, integer, pointer, size, pointer, real, size, size, size, integer,
+            *[pointer] * 5, integer, integer,
+        )  # fmt: skip
         self._attention_out = bind(
-            "attention_out",
-            *[pointer] * 4,
-            integer,
-            size,
-            pointer,
-            real,
-            *[pointer] * 6,
-            size,
-            pointer,
-            pointer,
-            pointer,
-            integer,
-        )
+            "attention_out", *[pointer] * 4, integer, size, pointer, real, *[pointer] * 6, size,
+            *[pointer] * 3, integer,
+        )  # fmt: skip
         self._mlp = bind(
             "mlp", pointer, integer, pointer, pointer, size, pointer, real, pointer, integer, integer
         )

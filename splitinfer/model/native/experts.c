@@ -168,16 +168,13 @@ static void strip_of_sums(Call *c, int64_t unit, int64_t end, void *total) {
 static void experts_work(void *given, Member *member) {
     Call *c = given;
     const Plan *p = &c->plan;
-    const Rows source = p->source;
-    const int64_t width = c->first->k, pieces = p->piece[c->used] * units_of(c->first->n);
+    const int64_t pieces = p->piece[c->used] * units_of(c->first->n);
     const int64_t held = p->places, units = units_of(c->second->n);
     const int inner = team_loop(member), outer = team_loop(member);
     void *total = aligned_alloc(64, (size_t)(c->strip * c->rows * UNIT) * 8);
     if (!total) atomic_store(&c->failed, 1);
-    for (int64_t r = team_share(member, c->rows, 0); r < team_share(member, c->rows, 1); r++) {
-        copy_row(c->x, c->x_bfloat16, r * width, width, source.x + r * source.stride, source.stride);
-        prepare_row(c->first, source, r);
-    }
+    for (int64_t r = team_share(member, c->rows, 0); r < team_share(member, c->rows, 1); r++)
+        enter_row(c->first, p->source, r, c->x, c->x_bfloat16);
     team_meet(member);
     for (int64_t piece, end; team_take(member, inner, pieces, &piece, &end);)
         for (; piece < end; piece++) gate_and_up(p, c->gate_up, c->used, piece);

@@ -54,12 +54,8 @@ typedef struct {
 
 static void product_work(void *given, Member *member) {
     const Call *c = given;
-    const Rows prepared = c->product.prepared;
-    const int64_t k = c->product.matrices->k;
-    for (int64_t r = team_share(member, c->product.rows, 0); r < team_share(member, c->product.rows, 1); r++) {
-        copy_row(c->x, c->x_bfloat16, r * k, k, prepared.x + r * prepared.stride, prepared.stride);
-        prepare_row(c->product.matrices, prepared, r);
-    }
+    for (int64_t r = team_share(member, c->product.rows, 0); r < team_share(member, c->product.rows, 1); r++)
+        enter_row(c->product.matrices, c->product.prepared, r, c->x, c->x_bfloat16);
     product_pieces(member, c->product);
 }
 

@@ -74,6 +74,11 @@ INLINE const int16_t *fixed_row(Rows rows, int64_t row) { return (const int16_t 
 /* Turns row `row` of `rows`, already copied as float32 [k] and padded, into the matrix's own form. A number that
    is not finite makes NaN of all that its row meets. */
 void prepare_row(const Matrix *m, Rows rows, int64_t row);
+/* Row `row` of x [rows, k], float32 or bfloat16, as the matrix wants it. */
+INLINE void enter_row(const Matrix *m, Rows rows, int64_t row, const void *x, int bfloat16) {
+    copy_row(x, bfloat16, row * m->k, m->k, rows.x + row * rows.stride, rows.stride);
+    prepare_row(m, rows, row);
+}
 
 /* Channels of one unit for `count` <= CHUNK rows, chosen by `which` (NULL: 0, 1, ...), into
    out [count, UNIT]. Channels beyond n hold nothing of meaning. */

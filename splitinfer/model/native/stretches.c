@@ -8,12 +8,6 @@ static float *team_memory(int64_t floats) { return aligned_alloc(64, ((size_t)fl
 /* A member's own floats in memory that has `each` for every one of them. */
 static float *own(const Member *member, float *memory, int64_t each) { return memory + member->index * each; }
 
-/* Copies row r of x [rows, k] to where `m` wants it. */
-static void enter(const Matrix *m, Rows rows, int64_t r, const void *x, int bfloat16) {
-    copy_row(x, bfloat16, r * m->k, m->k, rows.x + r * rows.stride, rows.stride);
-    prepare_row(m, rows, r);
-}
-
 typedef struct {
     Heads heads;
     Product product; /* into float32 */
@@ -71,12 +65,12 @@ static void attention_out_work(void *given, Member *member) {
     const AttentionOut *a = given;
     const Product *p = &a->product;
     const int64_t n = a->residual.n, begin = team_share(member, p->rows, 0), end = team_share(member, p->rows, 1);
-    for (int64_t r = begin; r < end; r++) enter(p->matrices, p->prepared, r, a->attended, a->residual.bfloat16);
+    for (int64_t r = begin; r < end; r++) enter_row(p->matrices, p->prepared, r, a->attended, a->residual.bfloat16);
     product_pieces(member, *p);
     for (int64_t r = begin; r < end; r++) {
         float *row = (float *)p->out + r * n;
         residual_row(&a->residual, r, row, own(member, a->scratch, n));
-        if (a->scores.matrices) enter(a->scores.matrices, a->scores.prepared, r, p->out, 0);
+        if (a->scores.matrices) enter_row(a->scores.matrices, a->scores.prepared, r, p->out, 0);
     }
     if (a->scores.matrices) product_pieces(member, a->scores);
 }
@@ -122,7 +116,7 @@ static void mlp_work(void *given, Member *member) {
     const Rows hidden = a->down.prepared;
     const int64_t inner = down->k, n = down->n;
     const int64_t begin = team_share(member, a->down.rows, 0), end = team_share(member, a->down.rows, 1);
-    for (int64_t r = begin; r < end; r++) enter(a->gate_up.matrices, a->gate_up.prepared, r, a->x, a->bfloat16);
+    for (int64_t r = begin; r < end; r++) enter_row(a->gate_up.matrices, a->gate_up.prepared, r, a->x, a->bfloat16);
     product_pieces(member, a->gate_up);
     for (int64_t r = begin; r < end; r++) {
         float *row = hidden.x + r * hidden.stride;

@@ -53,6 +53,7 @@ INLINE void int4_many(const int R, const uint32_t *w, const int16_t *const *x, v
     }
 }
 
+/* Whichever of the two the rows were prepared for. */
 INLINE void int4_group(const int R, const int few, const uint32_t *w, const int16_t *const *x, vi (*acc)[NV]) {
     if (few) int4_few(R, w, x, acc);
     else int4_many(R, w, x, acc);
