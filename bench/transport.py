@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import platform
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -185,6 +186,14 @@ def table_of(records: Sequence[dict[str, Any]], rounds: int) -> Table:
     return table
 
 
+def congestion_control() -> str:
+    """The system's own for TCP, empty where it does not say."""
+    with socket.socket() as one:
+        if not hasattr(socket, "TCP_CONGESTION"):
+            return ""
+        return one.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -205,6 +214,7 @@ def main() -> None:
     Console(width=None if sys.stdout.isatty() else 132).print(table_of(records, arguments.rounds))
     machine = {"cores": os.cpu_count(), "used": arguments.cores}
     machine |= {"python": platform.python_version(), "system": platform.system()}
+    machine |= {"congestion_control": congestion_control()}
     print(
         json.dumps({"bench": "transport", "machine": machine, "rounds": arguments.rounds, "peers": records})
     )

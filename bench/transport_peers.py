@@ -61,20 +61,27 @@ class RawSocket(Peer):
     """
 
     name = "raw blocking socket"
+    congestion_control = b""  # the system's own
 
     async def serve(self, ready: Callable[[Any], None]) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         ready(listener.getsockname()[1])
-        rows, bulk = (listener.accept()[0] for _ in range(2))
+        rows, bulk = (self.tuned(listener.accept()[0]) for _ in range(2))
         threading.Thread(target=answer, args=(bulk, BULK_NBYTES, 1), daemon=True).start()
         answer(rows, ROW_NBYTES, ROW_NBYTES)
 
     async def connect(self, address: Any) -> None:
-        self.rows, self.bulks = (socket.create_connection(("127.0.0.1", address)) for _ in range(2))
-        for connection in (self.rows, self.bulks):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.rows, self.bulks = (
+            self.tuned(socket.create_connection(("127.0.0.1", address))) for _ in range(2)
+        )
         self.tensor = memoryview(bytearray(BULK_NBYTES))
         self.reply = memoryview(bytearray(ROW_NBYTES))
+
+    def tuned(self, connection: socket.socket) -> socket.socket:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.congestion_control and hasattr(socket, "TCP_CONGESTION"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self.congestion_control)
+        return connection
 
     async def row(self) -> None:
         self.rows.sendall(ROW)
@@ -102,9 +109,15 @@ class RawSocket(Peer):
         return count / elapsed
 
 
+class RawSocketUnpaced(RawSocket):
+    """Where the system's congestion control paces packets (BBR): without that, as ours on loopback."""
+
+    name = "the same, not paced"
+    congestion_control = b"reno"
+
+
 def answer(connection: socket.socket, nbytes: int, answer_nbytes: int) -> None:
     """Take `nbytes` bytes, send the first `answer_nbytes` of them back, until the stream ends."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     body = memoryview(bytearray(nbytes))
     while receive(connection, body):
         connection.sendall(body[:answer_nbytes])
@@ -344,6 +357,7 @@ class Grpc(Peer):
 
 PEERS: Final = {
     "raw": RawSocket,
+    "raw-unpaced": RawSocketUnpaced,
     "tcp": Splitinfer,
     "tcp-sleeping": SplitinferSleeping,
     "unix": SplitinferUnix,

@@ -14,6 +14,7 @@ from typing import Final
 from splitinfer.errors import CapacityError, ConnectError, UsageError
 from splitinfer.transport import memory
 from splitinfer.transport.addresses import Address
+from splitinfer.transport.security import is_loopback
 
 __all__ = ["dial", "listen", "tune"]
 
@@ -133,11 +134,14 @@ def _remove_stale(path: str) -> None:
 
 
 def tune(sock: socket.socket) -> None:
-    """No Nagle, little unsent data in the kernel, and a dead peer found within five seconds."""
+    """No Nagle, little unsent data in the kernel, a dead peer found within five seconds.
+
+    On loopback no pacing either.
+    """
     sock.setblocking(False)
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    wanted: list[tuple[int, int | None, int]] = [
+    wanted: list[tuple[int, int | None, int | bytes]] = [
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", _DARWIN_TCP_KEEPALIVE), 2),
@@ -148,6 +152,11 @@ def tune(sock: socket.socket) -> None:
     ]
     if sys.platform == "darwin":
         wanted.append((socket.IPPROTO_TCP, _DARWIN_TCP_RXT_CONNDROPTIME, _DEAD_AFTER_SECONDS))
+    with suppress(OSError):  # a peer that is gone already
+        if is_loopback(sock.getpeername()[0]):
+            # Nothing is lost between two processes, and BBR, where that is the system's choice, would pace
+            # them: a timer for every few packets, at a third of the throughput.
+            wanted.append((socket.IPPROTO_TCP, getattr(socket, "TCP_CONGESTION", None), b"reno"))
     for level, option, value in wanted:
         if option is not None:
             with suppress(OSError):

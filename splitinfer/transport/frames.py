@@ -37,6 +37,7 @@ __all__ = [
     "HEAD_NBYTES",
     "HELLO",
     "ITEM",
+    "LARGE_CHUNK_NBYTES",
     "MAGIC",
     "PING",
     "PONG",
@@ -81,6 +82,8 @@ HEAD: Final = Struct("<3sBIQIIII")
 HEAD_NBYTES: Final = HEAD.size
 # A body larger than this travels in pieces, between which other frames pass.
 CHUNK_NBYTES: Final = 256 * 1024
+# The later ones where the kernel takes whatever it is given, so that nobody waits for long behind them.
+LARGE_CHUNK_NBYTES: Final = 1 << 20
 ZEROS: Final = tuple(bytes(n) for n in range(ALIGNMENT))
 
 REMEMBERED: Final = 256

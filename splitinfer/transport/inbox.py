@@ -23,6 +23,7 @@ from splitinfer.transport.frames import (
     HEAD,
     HEAD_NBYTES,
     ITEM,
+    LARGE_CHUNK_NBYTES,
     MAGIC,
     REMEMBERED,
     REMEMBERED_NBYTES,
@@ -203,7 +204,7 @@ class Inbox:
             or not 0 < kind <= self._last_kind
             or table_nbytes > self._limits.max_table
             or meta_nbytes > self._limits.max_meta
-            or body_nbytes > CHUNK_NBYTES
+            or body_nbytes > LARGE_CHUNK_NBYTES
             or body_nbytes & 63
         ):
             sizes = f"{table_nbytes}, {meta_nbytes} and {body_nbytes} bytes"
@@ -280,7 +281,7 @@ class Inbox:
         """The first piece of a body that gets a buffer of its own."""
         if message.id in self._landings:
             raise _interleaved()
-        if nbytes > table.body_nbytes or (nbytes < table.body_nbytes and nbytes != CHUNK_NBYTES):
+        if nbytes != min(table.body_nbytes, CHUNK_NBYTES):
             raise RemoteProtocolError(f"a first piece of {nbytes} bytes for a body of {table.body_nbytes}")
         message.admitted = self._admit(message)
         data = self._pool.take(table.body_nbytes) if message.admitted else None
@@ -293,7 +294,7 @@ class Inbox:
         if landing is None:
             raise RemoteProtocolError("a piece of a body that nothing announced")
         left = landing.table.body_nbytes - landing.filled
-        if nbytes != min(left, CHUNK_NBYTES):
+        if nbytes not in (min(left, CHUNK_NBYTES), min(left, LARGE_CHUNK_NBYTES)):
             raise RemoteProtocolError(f"a piece of {nbytes} bytes where {left} are missing")
         self._begin_piece(landing, body, nbytes, messages)
 

@@ -3,7 +3,7 @@
 A tensor is not copied: its owner's memoryview is handed out as it is, unless the whole body is so small that
 one buffer costs less than several. A body above CHUNK_NBYTES waits aside and goes out piece by piece when
 nothing else is waiting, so a small message is never behind more than one piece of a large one. Messages of
-one id never overtake each other.
+one id never overtake each other. Where the link takes whatever it is given, the pieces are longer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from splitinfer.transport.frames import (
     DATA,
     HEAD,
     HEAD_NBYTES,
+    LARGE_CHUNK_NBYTES,
     MAGIC,
     REMEMBERED,
     REMEMBERED_NBYTES,
@@ -40,6 +41,8 @@ Piece: TypeAlias = "bytes | memoryview"
 
 # One copy of a body up to this size costs less than a longer list of pieces for the kernel.
 JOIN_NBYTES: Final = 16 * 1024
+# So many pieces in a row that the kernel took whole: no network does, loopback and the fastest links do.
+_LARGE_AFTER: Final = 4
 _DATA: Final = attrgetter("data")
 
 
@@ -112,6 +115,8 @@ class Outbox:
     what goes to the kernel next.
 
     The handshake sets `limits`, which are the peer's, and `codec` with the encodings it may use, `accepted`.
+    `flow` counts the pieces that went whole one after another; the owner sets it to 0 where the kernel took
+    nothing at all. Pieces are longer while it is high.
     """
 
     __slots__ = (
@@ -120,6 +125,7 @@ class Outbox:
         "_small",
         "accepted",
         "codec",
+        "flow",
         "limits",
         "nbytes",
         "ready",
@@ -131,6 +137,7 @@ class Outbox:
         self.accepted: frozenset[int] = frozenset()
         self.nbytes = 0
         self.sent_nbytes = 0
+        self.flow = 0
         self.codec: Codec | None = None
         self._small: dict[Any, _Small] = {}  # by method, dtypes and shapes
         self.ready: list[Piece] = []
@@ -293,11 +300,15 @@ class Outbox:
         del pieces[:whole]
         if nbytes:
             pieces[0] = memoryview(pieces[0])[nbytes:]
+        if pieces:
+            self.flow = 0
 
     def _take_chunk(self) -> None:
         """Move one piece of the large body whose turn it is to where the kernel takes it from."""
         bulk = self._bulk.popleft()
-        nbytes = min(bulk.left, CHUNK_NBYTES)
+        large = self.flow >= _LARGE_AFTER and not bulk.head  # a head has its piece's size in it already
+        self.flow += 1
+        nbytes = min(bulk.left, LARGE_CHUNK_NBYTES if large else CHUNK_NBYTES)
         if bulk.head:
             self.ready.append(bulk.head)
             bulk.head = b""

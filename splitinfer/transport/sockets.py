@@ -116,6 +116,7 @@ class Link:
                     return
             self._polling.begin()
         except BlockingIOError:
+            outbox.flow = 0
             self._write_later()
         except OSError as error:
             # Not from within the owner's own call: it hears of it in the next turn of the loop.

@@ -100,8 +100,9 @@ def _encoded(talk: Conversation) -> None:
 
 
 def _large(talk: Conversation) -> None:
-    """A body in two pieces with small calls between them."""
-    noise = np.random.default_rng(0).integers(0, 256, CHUNK_NBYTES + 4096, dtype=np.uint8)
+    """Bodies in pieces, the last ones longer than the others, with small calls between them."""
+    noise = np.random.default_rng(0).integers(0, 256, 3 * CHUNK_NBYTES + 4096, dtype=np.uint8)
+    talk.call(noise)
     talk.call(noise)
     talk.call(np.ones(4, np.float32))
     talk.call(noise[: CHUNK_NBYTES // 2])

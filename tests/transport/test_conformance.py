@@ -29,7 +29,7 @@ from splitinfer.errors import (
 )
 from splitinfer.transport import ClientConfig, Limits, Reply, ServerConfig
 from splitinfer.transport.certificates import Certificate, TLSConfig, make_certificate
-from splitinfer.transport.frames import CHUNK_NBYTES
+from splitinfer.transport.frames import CHUNK_NBYTES, LARGE_CHUNK_NBYTES
 from splitinfer.transport.link import LinkSpec
 from splitinfer.transport.security import Token
 from splitinfer.transport.sockets import Link
@@ -289,7 +289,7 @@ def test_a_small_message_waits_for_one_chunk_of_a_large_one_at_most(pair: Pair) 
             await channel.call("any", [np.frombuffer(sign, np.uint8)])
             await large
             for tap, position in zip(taps, (called, *replied), strict=True):
-                assert 0 < tap.stream.index(sign) - position <= CHUNK_NBYTES + 1024
+                assert 0 < tap.stream.index(sign) - position <= LARGE_CHUNK_NBYTES + 1024
 
     run(work())
 

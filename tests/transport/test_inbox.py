@@ -24,6 +24,7 @@ from splitinfer.transport.frames import (
     HEAD,
     HELLO,
     ITEM,
+    LARGE_CHUNK_NBYTES,
     MAGIC,
     PING,
     PONG,
@@ -249,6 +250,37 @@ def test_pieces_of_two_bodies_and_small_frames_interleave() -> None:
         bodies = {message.id: message.tensors[0] for message in messages if message.kind == REPLY}
         assert (bodies[1].numpy() == ramp(CHUNK_NBYTES * 2 + 5)).all()
         assert (bodies[2].numpy() == ramp(CHUNK_NBYTES + 9)).all()
+
+
+def test_pieces_are_long_only_while_the_kernel_takes_them_whole() -> None:
+    outbox = Outbox(Limits())
+    body = ramp(22 * CHUNK_NBYTES)
+    outbox.send(REPLY, 1, "", [body], {})
+    sizes, data = [], bytearray()
+    while pieces := outbox.pieces():
+        joined = b"".join(pieces)
+        sizes.append(len(joined) // CHUNK_NBYTES)
+        taken = len(joined)
+        if len(sizes) == 6:
+            taken //= 2  # the rest of this piece goes later
+        if len(sizes) == 10:
+            outbox.flow = 0  # the kernel took nothing at first
+        outbox.sent(taken)
+        data += joined[:taken]
+    # The sixth is half of a long one, the seventh its other half.
+    assert sizes == [1] * 4 + [4, 4, 2] + [1] * 3 + [1] * 4 + [3]
+    for step in (1 << 30, 100_000):
+        (message,) = put(inbox_of(), bytes(data), repeat(step))
+        assert (message.tensors[0].numpy() == body).all()
+
+
+@pytest.mark.parametrize("nbytes", [64, CHUNK_NBYTES - 64, CHUNK_NBYTES + 64, LARGE_CHUNK_NBYTES - 64])
+def test_a_piece_of_another_size_is_refused(nbytes: int) -> None:
+    """Many small ones would cost more than they bring, and each is a promise of what comes next."""
+    data = frames_of((REPLY, 1, "", [ramp(4 * CHUNK_NBYTES)], {}))
+    announced = len(data) - 3 * (64 + CHUNK_NBYTES)
+    with pytest.raises(RemoteProtocolError, match=f"a piece of {nbytes} bytes"):
+        put(inbox_of(), data[:announced] + pack_frame(DATA, 1, body_nbytes=nbytes))
 
 
 def test_a_body_that_is_not_admitted_takes_no_memory_and_is_skipped() -> None:
