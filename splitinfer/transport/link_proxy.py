@@ -49,6 +49,8 @@ _RESET: Final = struct.pack("ii", 1, 0)
 # added.
 _STAMP: Final = 35 if sys.platform == "linux" else 0
 _STAMP_SPACE: Final = socket.CMSG_SPACE(16)
+# As `endpoints.tune`: on loopback a congestion control that paces packets would add to the link's own delay.
+_PACING: Final[int | None] = getattr(socket, "TCP_CONGESTION", None)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Proxy:
         if not plan.unix:
             found = socket.getaddrinfo(plan.host, plan.port, type=socket.SOCK_STREAM)[0]
             self._family, self._target = found[0], found[4]
+        self._near = not plan.unix and str(self._target[0]).startswith(("127.", "::1"))
         piece = plan.bandwidth * _PIECE_SECONDS or _MAX_PIECE_NBYTES
         self._piece = int(min(max(piece, _MIN_PIECE_NBYTES), _MAX_PIECE_NBYTES))
         self._room = _QUEUE_NBYTES + int(2 * plan.bandwidth * (plan.delay + plan.jitter))
@@ -175,6 +178,8 @@ class Proxy:
                 end.setsockopt(socket.SOL_SOCKET, _STAMP, 1)
             if end.family != socket.AF_UNIX:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if _PACING is not None and (end is client or self._near):
+                    end.setsockopt(socket.IPPROTO_TCP, _PACING, b"reno")
             if self.plan.bandwidth:
                 # Large buffers here would swallow what the link is meant to hold up.
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_NBYTES // 4)

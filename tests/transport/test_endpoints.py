@@ -92,6 +92,21 @@ def test_connections_answer_at_once_and_notice_death() -> None:
     asyncio.run(work())
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="the system has one congestion control")
+def test_nothing_paces_packets_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def congestion_control(sock: socket.socket) -> bytes:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as fresh:
+        with socket.create_connection(listener.getsockname()) as sock:
+            monkeypatch.setattr("splitinfer.transport.endpoints.is_loopback", lambda host: False)
+            tune(sock)
+            assert congestion_control(sock) == congestion_control(fresh)
+            monkeypatch.undo()
+            tune(sock)
+            assert congestion_control(sock) == b"reno"
+
+
 def test_options_that_a_system_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS has neither TCP_USER_TIMEOUT nor TCP_KEEPIDLE."""
     for name in ("TCP_USER_TIMEOUT", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_NOTSENT_LOWAT"):
