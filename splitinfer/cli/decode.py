@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from splitinfer.transport import ClientConfig
     from splitinfer.transport.link import LinkSpec
 
-__all__ = ["STREAMS", "Bench", "Case", "Decoded", "Link", "apart", "undisturbed"]
+__all__ = ["STREAMS", "Bench", "Case", "Decoded", "Link", "apart", "beside_others"]
 
 STREAMS = 8
 PROMPT = '''"""Reads settings from a file.
@@ -51,8 +51,7 @@ def read_settings(path):
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "ignore_eos": True}
 AT_LEAST = 0.4  # seconds that a case is run in a pass: short ones are repeated, and the median counts
 AT_MOST = 3  # times
-DISTURBED = 0.25  # cores that others take while something is measured: more is too much
-TRIES = 2
+DISTURBED = 0.25  # cores that others take while something is measured: one of two halves every figure
 
 T = TypeVar("T")
 
@@ -129,12 +128,12 @@ class Bench:
             return run(self._calibrate(nodes, addresses, cases))
 
         with busy(f"{nodes}: calibrating"):
-            trips, _ = undisturbed(calibrate)
+            trips, _ = beside_others(calibrate)
         for link, trip in zip(self.links, trips, strict=True):
             for case in cases:
                 with busy(f"{nodes}, {link.name}: {case.name}"):
                     predicted = self._predict(replace(self.calls[nodes], round_trip=trip), case)
-                    measured, others = undisturbed(partial(self._decode_once, addresses, link, case))
+                    measured, others = beside_others(partial(self._decode_once, addresses, link, case))
                 yield Decoded(link.name, nodes, case.name, trip, predicted, measured, others)
 
     def _decode_once(self, addresses: Sequence[str], link: Link, case: Case) -> float:
@@ -274,16 +273,11 @@ def _prompt(engine: AsyncEngine) -> str | list[int]:
     return [n % engine.config.vocab_size for n in range(2, 40)]
 
 
-def undisturbed(measure: Callable[[], T]) -> tuple[T, float]:
-    """What `measure` gives, and how many cores other programs took meanwhile. Where that is much it measures
-    again, a few times at most: one of two cores that is taken halves every figure."""
-    for _ in range(TRIES):
-        before, start = _taken_by_others(), perf_counter()
-        found = measure()
-        others = (_taken_by_others() - before) / (perf_counter() - start)
-        if others < DISTURBED:
-            break
-    return found, max(0.0, others)
+def beside_others(measure: Callable[[], T]) -> tuple[T, float]:
+    """What `measure` gives, and how many cores other programs took meanwhile."""
+    before, start = _taken_by_others(), perf_counter()
+    found = measure()
+    return found, max(0.0, (_taken_by_others() - before) / (perf_counter() - start))
 
 
 def _taken_by_others() -> float:

@@ -97,14 +97,17 @@ def test_nothing_paces_packets_on_loopback(monkeypatch: pytest.MonkeyPatch) -> N
     def congestion_control(sock: socket.socket) -> bytes:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
 
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as fresh:
-        with socket.create_connection(listener.getsockname()) as sock:
-            monkeypatch.setattr("splitinfer.transport.endpoints.is_loopback", lambda host: False)
-            tune(sock)
-            assert congestion_control(sock) == congestion_control(fresh)
-            monkeypatch.undo()
-            tune(sock)
-            assert congestion_control(sock) == b"reno"
+    with (
+        socket.socket() as fresh,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as sock,
+    ):
+        monkeypatch.setattr("splitinfer.transport.endpoints.is_loopback", lambda host: False)
+        tune(sock)
+        assert congestion_control(sock) == congestion_control(fresh)
+        monkeypatch.undo()
+        tune(sock)
+        assert congestion_control(sock) == b"reno"
 
 
 def test_options_that_a_system_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
