@@ -46,10 +46,7 @@ class ExpertCalls:
         try:
             x, index, weights = tensors
             layer, out = meta["layer"], meta["out"]
-            key = (
-                layer, out, x.dtype, x.shape, index.dtype, index.shape, weights.dtype, weights.shape
-            )  # fmt: skip
-            dtype, out_dtype = self._known[key]
+            dtype, out_dtype = self._known[_kind(layer, out, x, index, weights)]
         except (KeyError, TypeError, ValueError):
             dtype, out_dtype = self._check(call)
             x, index, weights = tensors
@@ -79,6 +76,13 @@ class ExpertCalls:
             raise UsageError(f"cannot answer {x.dtype} rows in {out!r}")
         if len(self._known) >= _REMEMBERED:
             self._known.clear()
-        key = (layer, out, x.dtype, x.shape, index.dtype, index.shape, weights.dtype, weights.shape)
-        dtypes = self._known[key] = getattr(torch, x.dtype), getattr(torch, out)
+        dtypes = getattr(torch, x.dtype), getattr(torch, out)
+        self._known[_kind(layer, out, x, index, weights)] = dtypes
         return dtypes
+
+
+def _kind(
+    layer: int, out: str, x: transport.Tensor, index: transport.Tensor, weights: transport.Tensor
+) -> tuple[Any, ...]:
+    """What a call is checked by: calls alike in this are right or wrong together."""
+    return layer, out, x.dtype, x.shape, index.dtype, index.shape, weights.dtype, weights.shape

@@ -194,6 +194,7 @@ def write_shard(
     `progress` is told, file by file, what was written. Raises UsageError where the directory holds another
     shard or cannot be made, CapacityError where the disk is too small or fails.
     """
+    existed = directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -205,6 +206,8 @@ def write_shard(
     missing = sum(file.nbytes for file in plan.files if file.name not in done)
     free = os.statvfs(directory)
     if missing > free.f_bavail * free.f_frsize:
+        if not existed:
+            directory.rmdir()
         raise CapacityError(
             f"{directory} has {free.f_bavail * free.f_frsize} bytes free, the shard needs {missing}",
             remedy="Free some space, or name another directory with -o.",

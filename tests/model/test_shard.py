@@ -187,8 +187,11 @@ def test_what_cannot_be_planned(model: Checkpoint, tmp_path: Path, monkeypatch: 
         plan_shard(model, client=True, quant=QuantConfig(embeddings="int8", lm_head="int4"))
     plan = plan_shard(model, experts=(1,))
     monkeypatch.setattr("os.statvfs", lambda path: type("Full", (), {"f_bavail": 1, "f_frsize": 512}))
-    with pytest.raises(CapacityError, match="512 bytes free"):
-        write_shard(plan, tmp_path)
+    for directory in (tmp_path, tmp_path / "new"):
+        with pytest.raises(CapacityError, match="512 bytes free"):
+            write_shard(plan, directory)
+    assert tmp_path.exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_disk_that_fills_meanwhile(

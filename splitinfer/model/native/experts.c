@@ -7,7 +7,7 @@
 enum { SUM_FLOAT32, SUM_BFLOAT16, SUM_FIXED }; /* what the sums are written as */
 
 /* Up to so many rows a thread takes long strips of channels, for it reads one expert's weights in one run. */
-enum { FEW = 16 };
+enum { LONG_STRIPS_UNTIL = 16 };
 
 typedef struct {
     float *memory;        /* all that follows lies in here */
@@ -210,7 +210,7 @@ int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t expert
     }
     plan->places = plan->begin[experts];
     const int64_t units = units_of(second->n);
-    c.strip = rows <= FEW ? (units + 2 * threads - 1) / (2 * threads) : 1;
+    c.strip = rows <= LONG_STRIPS_UNTIL ? (units + 2 * threads - 1) / (2 * threads) : 1;
     team_run(plan->places * width * first->n > PARALLEL_FROM ? threads : 1, experts_work, &c);
     free(plan->memory);
     return c.failed ? -1 : c.out_of_range ? 2 : 0;
