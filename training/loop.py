@@ -97,16 +97,8 @@ def train(
         while (progress := budget.progress(counters["tokens"], clock.seconds)) < 1.0:
             step = int(counters["step"])
             factor = learning_rate(progress, step, warmup, stable)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * factor
             loss, tokens = loss_of(step, progress)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            value = loss.item()
+            value = _descend(model, optimizers, loss, factor)
             if not math.isfinite(value):
                 raise RuntimeError(f"the loss of step {step} is {value}; lower the learning rate")
             smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
@@ -130,3 +122,17 @@ def train(
                 clock.skip()
     save_state(folder, model, optimizers, counters)
     return counters
+
+
+def _descend(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loss: Tensor, factor: float
+) -> float:
+    """One step down the gradient of `loss`, at this part of the peak rate; returns the value of `loss`."""
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
