@@ -12,10 +12,11 @@ from typing import Any, Final, Self
 
 from splitinfer.errors import ConnectError, ConnectionLost, DeadlineExceeded, LinkError
 from splitinfer.transport.addresses import Address
+from splitinfer.transport.calls import SingleCall, StreamCall
 from splitinfer.transport.config import ClientConfig
 from splitinfer.transport.link import EmulatedLink
 from splitinfer.transport.messages import Reply
-from splitinfer.transport.session import Session, SingleCall, Stats, StreamCall
+from splitinfer.transport.session import Session, Stats
 from splitinfer.transport.tensors import Array
 
 __all__ = ["Channel", "connect"]

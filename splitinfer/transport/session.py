@@ -1,26 +1,24 @@
-"""The client's side of one connection, from the first byte to the last, and the calls that wait on it."""
+"""The client's side of one connection, from the first byte to the last."""
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextvars import Context
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 from time import monotonic
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, Self
 
 from splitinfer.errors import (
     ConnectError,
     ConnectionLost,
     DeadlineExceeded,
     LinkError,
-    LocalProtocolError,
     TransportError,
 )
 from splitinfer.transport.addresses import Address
+from splitinfer.transport.calls import AnyCall, StreamCall
 from splitinfer.transport.certificates import (
     TLSConfig,
     channel_binding,
@@ -33,15 +31,14 @@ from splitinfer.transport.config import ClientConfig
 from splitinfer.transport.deadlines import Deadlines
 from splitinfer.transport.endpoints import dial
 from splitinfer.transport.frames import END, ERROR, ITEM, PONG, REPLY, WELCOME
-from splitinfer.transport.handshake import error_from
-from splitinfer.transport.messages import Message, Reply
+from splitinfer.transport.messages import Message
 from splitinfer.transport.protocol import Connection
 from splitinfer.transport.security import TokenAuthenticator
 from splitinfer.transport.sockets import Link
 from splitinfer.transport.tensors import Array
 from splitinfer.transport.tls import TlsStream
 
-__all__ = ["Session", "SingleCall", "Stats", "StreamCall"]
+__all__ = ["Session", "Stats"]
 
 _MAX_SECONDS: Final = 4_000_000  # what 32 bits of milliseconds hold: 46 days
 
@@ -62,142 +59,6 @@ class Stats:
             self.calls + other.calls,
             self.connects + other.connects,
         )
-
-
-class SingleCall(asyncio.Future[Reply]):
-    """A call in flight: a future that knows its session, so that cancelling it reaches the server.
-
-    A task that alone awaits it goes on within the read that brought the answer, and not in the next turn of
-    the loop. Whatever else waits is called as asyncio does it.
-    """
-
-    __slots__ = ("_alone", "_shared", "deadline", "id", "method", "session", "timeout")
-    deadline: float
-    id: int
-    method: str
-    timeout: float
-
-    def __init__(self, *, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self.session: Session | None = None
-        self._alone: tuple[Callable[[Any], object], Context] | None = None  # asyncio does not know of it
-        self._shared = False
-
-    def add_done_callback(
-        self, callback: Callable[[Self], object], *, context: Context | None = None
-    ) -> None:
-        task = isinstance(getattr(callback, "__self__", None), asyncio.Task)
-        if task and context is not None and not self._shared and not self.done():
-            self._alone = callback, context
-        else:
-            self._share()
-            super().add_done_callback(callback, context=context)
-        self._shared = True
-
-    def _share(self) -> None:
-        """Leave it to asyncio to wake whoever waits."""
-        if self._alone is not None:
-            (wake, context), self._alone = self._alone, None
-            super().add_done_callback(wake, context=context)
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        self._share()
-        if self.session is not None:
-            self.session.forget(self)
-        return super().cancel(msg)
-
-    def answer(self, reply: Reply) -> None:
-        """The one answer has come. A call that is done already is not in flight: `forget` saw to that."""
-        self.set_result(reply)
-        if self._alone is not None:
-            (wake, context), self._alone = self._alone, None
-            context.run(wake, self)
-
-    def take(self, message: Message) -> None:
-        """Something else has come."""
-        assert self.session is not None
-        if message.kind == ERROR:
-            self.fail(error_from(message.meta, self.session.connection.peer))
-        else:
-            self.fail(
-                LocalProtocolError(f"{self.method!r} answers with a stream", remedy="Use channel.stream.")
-            )
-            self.session.forget(self)
-
-    def fail(self, error: Exception) -> None:
-        if not self.done():
-            self._share()
-            self.set_exception(error)
-
-
-class StreamCall:
-    """A call with many answers. Holds what has come and was not asked for yet: the credit bounds it."""
-
-    __slots__ = (
-        "_came",
-        "_error",
-        "_loop",
-        "_over",
-        "_waiter",
-        "deadline",
-        "id",
-        "method",
-        "session",
-        "timeout",
-    )
-    deadline: float
-    id: int
-    method: str
-    session: Session
-    timeout: float
-
-    def __init__(self, *, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._came: deque[Reply] = deque()
-        self._over = False
-        self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def answer(self, reply: Reply) -> None:
-        """A method that answers once is a stream of one."""
-        self._came.append(reply)
-        self._over = True
-        self._wake()
-
-    def take(self, message: Message) -> None:
-        """An item, the end or an error has come."""
-        if message.kind == ITEM:
-            self._came.append(message)
-        elif message.kind == ERROR:
-            self.fail(error_from(message.meta, self.session.connection.peer))
-        else:
-            self._over = True
-        self._wake()
-
-    def fail(self, error: Exception) -> None:
-        self._error = self._error or error
-        self._over = True
-        self._wake()
-
-    async def next(self) -> Reply | None:
-        """The next answer, None after the last one. Raises what ended the stream early, after what came."""
-        while not self._came:
-            if self._error is not None:
-                raise self._error
-            if self._over:
-                return None
-            self._waiter = self._loop.create_future()
-            await self._waiter
-        if not self._over:
-            self.session.allow(self)
-        return self._came.popleft()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-AnyCall: TypeAlias = SingleCall | StreamCall
 
 
 class Session:
