@@ -9,14 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from splitinfer.errors import (
-    ConnectionLost,
-    LimitExceeded,
-    Overloaded,
-    RemoteError,
-    RemoteProtocolError,
-    TransportError,
-)
+from splitinfer.errors import ConnectionLost, RemoteProtocolError, TransportError
 from splitinfer.transport.buffers import POOL, BufferPool
 from splitinfer.transport.frames import (
     CANCEL,
@@ -38,6 +31,7 @@ from splitinfer.transport.handshake import MAX_HELLO, Authenticator, Handshake, 
 from splitinfer.transport.inbox import Inbox
 from splitinfer.transport.messages import Call, Message
 from splitinfer.transport.outbox import Codec, Outbox
+from splitinfer.transport.refusals import cancelled, misplaced, no_room_here, no_room_there, unasked
 from splitinfer.transport.tensors import Array
 from splitinfer.transport.vitals import Vitals
 
@@ -47,6 +41,7 @@ STREAM_WINDOW: Final = 8  # ITEMs that may come before the first CREDIT
 
 _HIGH_WATER: Final = 8 << 20  # above it nothing more is taken on: no PONG, and a server stops reading
 _MAX_ERROR: Final = 1 << 16
+_NOBODY: Final = object()
 
 
 class Connection:
@@ -153,7 +148,7 @@ class Connection:
         try:
             return self._callers.pop(id)
         except KeyError:
-            raise _unasked(self.peer) from None
+            raise unasked(self.peer) from None
 
     def _accept_answer(self, message: Message) -> bool:
         """A client's `accept`."""
@@ -196,7 +191,7 @@ class Connection:
             return id != 0
         if kind <= WELCOME and not self.open:
             return self._accept_handshake(message)
-        raise RemoteProtocolError(f"a frame of kind {kind} has no place here", peer=self.peer)
+        raise misplaced(kind, self.peer)
 
     def _accept_handshake(self, message: Message) -> bool:
         handshake = self._handshake
@@ -219,7 +214,7 @@ class Connection:
             return self._caller(message.id) is not None
         if self.role == "server" and message.kind == REQUEST:
             return self.admit(message)
-        raise RemoteProtocolError(f"a frame of kind {message.kind} has no place here", peer=self.peer)
+        raise misplaced(message.kind, self.peer)
 
     def admit(self, message: Message) -> bool:
         """A REQUEST has come, or begun: False where there is no room for it, which the caller is told."""
@@ -230,7 +225,7 @@ class Connection:
             raise RemoteProtocolError(f"request id {id} is not free", peer=self.peer)
         held_nbytes = self._held_nbytes + message.nbytes
         if len(held) >= self.limits.max_calls or held_nbytes > self.limits.max_buffered or self.draining:
-            error = self._full()
+            error = no_room_here(self.draining, self.limits.max_calls, len(held), self._held_nbytes)
             held[id] = 0
             self.error(id, error)
             return False
@@ -238,20 +233,11 @@ class Connection:
         self._held_nbytes = held_nbytes
         return True
 
-    def _full(self) -> Overloaded:
-        if self.draining:
-            why = "the node is draining"
-        elif len(self._held) >= self.limits.max_calls:
-            why = f"{self.limits.max_calls} calls are in flight on this connection"
-        else:
-            why = f"calls in flight on this connection hold {self._held_nbytes:,} bytes"
-        return Overloaded(why, remedy="Try again later, or another node.")
-
     def _caller(self, id: int) -> Any:
         """Whose call this is, None once it was cancelled. Raises RemoteProtocolError where there is none."""
         caller = self._callers.get(id, _NOBODY)
         if caller is _NOBODY:
-            raise _unasked(self.peer)
+            raise unasked(self.peer)
         return caller
 
     def _forget(self, id: int) -> None:
@@ -274,10 +260,10 @@ class Connection:
         if id in self._held:
             if not dropped:
                 return True
-            self.error(id, _cancelled())
+            self.error(id, cancelled())
         elif not dropped and self.outbox.drop(id) is not None:
             # The answer was on its way; what is missing of it will not come.
-            self.outbox.add(0, pack_frame(ERROR, id, meta=pack_map(error_map(_cancelled()), _MAX_ERROR)))
+            self.outbox.add(0, pack_frame(ERROR, id, meta=pack_map(error_map(cancelled()), _MAX_ERROR)))
         return False
 
     # ---- a client's calls
@@ -296,7 +282,7 @@ class Connection:
         """
         callers = self._callers
         if self.draining or len(callers) >= self.outbox.limits.max_calls:
-            raise self._no_room()
+            raise no_room_there(self.draining, self.outbox.limits.max_calls, self.peer)
         id = self.made + 1
         self.outbox.send(REQUEST, id, method, tensors, meta, milliseconds_left)
         self.made = id
@@ -306,19 +292,6 @@ class Connection:
     def adopt(self, id: int, caller: Any) -> None:
         """A request made without a `caller` gets one."""
         self._callers[id] = caller
-
-    def _no_room(self) -> TransportError:
-        if self.draining:
-            return Overloaded(f"{self.peer} is draining", peer=self.peer, remedy="Use another node.")
-        limit = self.outbox.limits.max_calls
-        return LimitExceeded(
-            f"{limit} calls are in flight to {self.peer}",
-            limit_name="max_calls",
-            value=limit + 1,
-            limit=limit,
-            peer=self.peer,
-            remedy="Wait for answers before making more calls.",
-        )
 
     @property
     def callers(self) -> list[Any]:
@@ -390,14 +363,3 @@ class Connection:
     def tick(self) -> None:
         """`TICK_SECONDS` have passed. Raises ConnectionLost for a peer that is gone or too slow."""
         self._vitals.tick(self)
-
-
-_NOBODY: Final = object()
-
-
-def _unasked(peer: str) -> RemoteProtocolError:
-    return RemoteProtocolError("an answer to a call that was not made", peer=peer)
-
-
-def _cancelled() -> RemoteError:
-    return RemoteError("the call was cancelled", code="cancelled")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitinfer.errors import ConnectionLost, LimitExceeded, Overloaded, RemoteProtocolError, TransportError
+from splitinfer.errors import LimitExceeded, Overloaded, RemoteProtocolError, TransportError
 from splitinfer.transport import protocol
 from splitinfer.transport.frames import (
     CANCEL,
@@ -32,13 +30,12 @@ from splitinfer.transport.frames import (
     pack_map,
 )
 from splitinfer.transport.protocol import STREAM_WINDOW, Connection
-from tests.transport.wire import feed, move, pair, taken
-
-LARGE = np.zeros(3 * CHUNK_NBYTES, np.uint8)
+from tests.transport.wire import LARGE, call, feed, move, pair, taken
 
 
 @pytest.mark.parametrize(
-    "name", ["protocol", "inbox", "outbox", "frames", "handshake", "messages", "buffers", "vitals"]
+    "name",
+    ["protocol", "refusals", "inbox", "outbox", "frames", "handshake", "messages", "buffers", "vitals"],
 )
 def test_no_event_loop_no_socket_no_torch(name: str) -> None:
     """The floor of the transport, held by what its files import outside of type checking."""
@@ -49,20 +46,6 @@ def test_no_event_loop_no_socket_no_torch(name: str) -> None:
     tops = {module.split(".")[0] for module in imported}
     assert not tops & {"asyncio", "socket", "ssl", "selectors", "threading", "torch", "uvloop"}
     assert not imported & {"splitinfer.transport.sockets", "splitinfer.transport.endpoints"}
-
-
-def call(client: Connection, server: Connection, *tensors: Any, **meta: Any) -> Any:
-    """A call made and arrived; the server's message."""
-    client.request("m", tensors, meta, 1000, caller=("caller", meta))
-    (message,) = move(client, server)
-    return message
-
-
-def ticks(end: Connection, count: int, before: Callable[[], object] = lambda: None) -> None:
-    """So many seconds, and what happens in each."""
-    for _ in range(count):
-        before()
-        end.tick()
 
 
 def test_a_call_and_its_answer() -> None:
@@ -326,101 +309,6 @@ def test_an_error_of_the_connection_ends_it() -> None:
     server.error(0, Overloaded("too many"))
     with pytest.raises(Overloaded, match="too many"):
         move(server, client)
-
-
-def test_silence_is_pinged_and_then_found_within_five_ticks() -> None:
-    client, server = pair()
-    client.tick()
-    assert taken(client) == b""
-    client.tick()
-    ping = taken(client)
-    assert ping == pack_frame(PING)
-    feed(server, ping)
-    move(server, client)
-    ticks(client, 4)
-    with pytest.raises(ConnectionLost, match="silent"):
-        client.tick()
-
-
-def test_who_is_heard_is_not_lost() -> None:
-    client, server = pair()
-    for _ in range(30):
-        client.tick()
-        server.tick()
-        move(client, server)
-        move(server, client)
-    assert client.open
-
-
-def test_a_handshake_that_does_not_end() -> None:
-    for role in ("client", "server"):
-        end = Connection(role)
-        feed(end, taken(Connection("client"))[:10])
-        ticks(end, 3)
-        with pytest.raises(ConnectionLost):
-            ticks(end, 7)
-
-
-def test_a_peer_that_reads_a_byte_a_second_is_cut_off() -> None:
-    client, server = pair()
-    call(client, server)
-    server.reply(1, [LARGE], {})
-
-    def one_byte_goes() -> None:
-        server.outbox.pieces()
-        server.outbox.sent(1)
-        feed(server, pack_frame(PONG))
-
-    with pytest.raises(ConnectionLost, match="reads too slowly"):
-        ticks(server, 11, one_byte_goes)
-
-
-def test_a_peer_that_sends_a_byte_a_second_is_cut_off() -> None:
-    client, server = pair()
-    client.request("m", [LARGE], {}, 0)
-    data = taken(client)
-    feed(server, data[:1000])
-    rest = iter(data[1000:])
-    with pytest.raises(ConnectionLost, match="sends too slowly"):
-        ticks(server, 11, lambda: feed(server, bytes((next(rest),))))
-
-
-def test_slow_but_steady_is_not_cut_off() -> None:
-    client, server = pair()
-    client.request("m", [np.zeros(600_000, np.uint8)], {}, 0)
-    data = memoryview(taken(client))
-    messages = []
-    while data:
-        messages += feed(server, bytes(data[:5000]))
-        data = data[5000:]
-        server.tick()
-    assert len(messages) == 1
-
-
-def test_a_body_announced_and_never_sent_is_cut_off() -> None:
-    client, server = pair()
-    client.request("m", [LARGE], {}, 0)
-    data = taken(client)
-    first = len(data) - 2 * (CHUNK_NBYTES + 64)
-    feed(server, data[:first])
-    with pytest.raises(ConnectionLost, match="sends too slowly"):
-        ticks(server, 11, lambda: feed(server, pack_frame(PONG)))
-
-
-def test_a_server_with_much_unsent_is_choked_and_not_deaf() -> None:
-    client, server = pair()
-    call(client, server)
-    server.reply(1, [np.zeros(9 << 20, np.uint8)], {})
-    assert server.choked
-    feed(server, pack_frame(PING, 3))
-
-    def a_little_goes() -> None:
-        server.outbox.pieces()
-        server.outbox.sent(30_000)
-
-    ticks(server, 8, a_little_goes)
-    assert pack_frame(PONG, 3) not in taken(server)
-    assert not server.choked
 
 
 def test_how_it_ended() -> None:

@@ -6,10 +6,15 @@ from collections.abc import Iterator
 from itertools import repeat
 from typing import Any
 
+import numpy as np
+
+from splitinfer.transport.frames import CHUNK_NBYTES
 from splitinfer.transport.messages import Message
 from splitinfer.transport.protocol import Connection
 
-__all__ = ["feed", "move", "pair", "taken"]
+__all__ = ["LARGE", "call", "feed", "move", "pair", "taken"]
+
+LARGE = np.zeros(3 * CHUNK_NBYTES, np.uint8)
 
 
 def taken(sender: Connection) -> bytes:
@@ -54,3 +59,10 @@ def pair(
     assert one.open
     assert other.open
     return one, other
+
+
+def call(client: Connection, server: Connection, *tensors: Any, **meta: Any) -> Any:
+    """A call made and arrived; the server's message."""
+    client.request("m", tensors, meta, 1000, caller=("caller", meta))
+    (message,) = move(client, server)
+    return message
