@@ -13,7 +13,16 @@ import pytest
 
 from splitinfer.errors import ConnectionLost, RemoteProtocolError, TransportError
 from splitinfer.transport import sockets
-from splitinfer.transport.frames import CHUNK_NBYTES, GOAWAY, PING, REPLY, REQUEST, WELCOME, pack_frame
+from splitinfer.transport.frames import (
+    CHUNK_NBYTES,
+    GOAWAY,
+    LARGE_CHUNK_NBYTES,
+    PING,
+    REPLY,
+    REQUEST,
+    WELCOME,
+    pack_frame,
+)
 from splitinfer.transport.protocol import Connection
 from splitinfer.transport.sockets import Link
 from tests.patience import until
@@ -126,13 +135,13 @@ def test_a_large_transfer_does_not_keep_the_loop_from_other_work() -> None:
             return sent[-1]
 
         client._sendmsg = swallow
-        client.connection.request("m", [np.zeros(20 << 20, np.uint8)], {}, 0)
+        client.connection.request("m", [np.zeros(30 << 20, np.uint8)], {}, 0)
         client.flush()
         turns = 1
         while client.connection.outbox.nbytes:
             before = sum(sent)
             await asyncio.sleep(0)
-            assert sum(sent) - before <= 3 * CHUNK_NBYTES
+            assert sum(sent) - before <= LARGE_CHUNK_NBYTES + 2 * CHUNK_NBYTES
             turns += 1
         assert turns > 20
         client._sendmsg = real
