@@ -205,7 +205,11 @@ def test_local_experts(checkpoint: Checkpoint, rows: int) -> None:
     async def call() -> Tensor:
         return await experts.dispatch(LAYER, x, index, weights, timeline)
 
-    assert torch.equal(asyncio.run(call()), bank.forward(LAYER, x, index, weights))
+    # PyTorch's products may round otherwise on another thread.
+    tolerance = 0.0 if kernels() is not None else 1e-5
+    torch.testing.assert_close(
+        asyncio.run(call()), bank.forward(LAYER, x, index, weights), rtol=tolerance, atol=tolerance
+    )
     assert list(timeline.seconds) == [("experts", LAYER)]
 
 

@@ -77,8 +77,35 @@ def test_a_cache_that_others_may_write_to_is_not_used(
 ) -> None:
     unbuilt.mkdir()
     unbuilt.chmod(0o777)
-    assert native.kernels() is None
+    assert isinstance(native.kernels(), Kernels)
+    assert not list(unbuilt.iterdir())
+    assert "built anew by every process" in caplog.text
     assert "others may write" in caplog.text
+
+
+@needs_kernels
+def test_where_nothing_can_be_kept(unbuilt: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unbuilt.write_bytes(b"")  # in the folder's place
+    assert isinstance(native.kernels(), Kernels)
+    assert "built anew by every process (XDG_CACHE_HOME may help)" in caplog.text
+
+
+@needs_kernels
+def test_a_damaged_library_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, unbuilt: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = native._compile
+
+    def damaged(compiler: str, library: Path) -> Path:
+        if unbuilt not in library.parents:
+            return compiled(compiler, library)
+        library.write_bytes(b"\x7fELF")
+        return library
+
+    monkeypatch.setattr(native, "_compile", damaged)
+    assert isinstance(native.kernels(), Kernels)
+    (library,) = unbuilt.iterdir()
+    assert str(library) in caplog.text
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:

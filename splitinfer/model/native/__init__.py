@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -224,7 +223,7 @@ def kernels() -> Kernels | None:
         log.warning("no C compiler: experts run on PyTorch's own products, slower on some processors")
         return None
     try:
-        return Kernels(ctypes.CDLL(str(_built(compiler))))
+        return Kernels(_library(compiler))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         log.warning("the kernels could not be built, PyTorch's own products are used: %s", _reason(error))
         return None
@@ -257,25 +256,33 @@ def _reason(error: Exception) -> str:
     return (text.decode(errors="replace") if isinstance(text, bytes) else text).strip().splitlines()[0]
 
 
-def _built(compiler: str) -> Path:
-    """The library for this processor, compiler and source, from the cache or built into it."""
-    here, digest = Path(__file__).parent, _source_digest()
+def _library(compiler: str) -> ctypes.CDLL:
+    """The library for this processor, compiler and source, from the cache or built into it.
+
+    Where nothing can be kept, in a container say that is read-only, every process builds its own.
+    """
+    digest = _source_digest()
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_TIMEOUT, check=True)
     digest.update(b"\0".join([version.stdout, " ".join(FLAGS).encode(), _processor().encode()]))
-    directory = _private_directory()
-    library = directory / f"kernels-{digest.hexdigest()}.so"
-    if not library.is_file():
-        # Built beside its place and renamed: another process sees all of it or nothing.
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            made = Path(scratch) / "kernels.so"
-            _compile(compiler, [here / name for name in SOURCES], made)
-            made.replace(library)
-    return library
+    try:
+        directory = _private_directory()
+        library = directory / f"kernels-{digest.hexdigest()}.so"
+        if not library.is_file():
+            # Built beside its place and renamed: another process sees all of it or nothing.
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                _compile(compiler, Path(scratch) / "kernels.so").replace(library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        log.warning("the kernels are built anew by every process (XDG_CACHE_HOME may help): %s", error)
+    with tempfile.TemporaryDirectory() as scratch:
+        return ctypes.CDLL(str(_compile(compiler, Path(scratch) / "kernels.so")))
 
 
-def _compile(compiler: str, sources: Sequence[Path], library: Path) -> None:
-    command = [compiler, *FLAGS, "-o", str(library), *map(str, sources), "-lm"]
+def _compile(compiler: str, library: Path) -> Path:
+    sources = (str(Path(__file__).parent / name) for name in SOURCES)
+    command = [compiler, *FLAGS, "-o", str(library), *sources, "-lm"]
     subprocess.run(command, capture_output=True, timeout=BUILD_TIMEOUT, check=True)
+    return library
 
 
 def _processor() -> str:
