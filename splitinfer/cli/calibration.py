@@ -49,7 +49,7 @@ class Effort:
     calls: int = 60
     pings: int = 30
     tokens: int = 32
-    passes: int = 3
+    passes: int = 5
 
     @staticmethod
     def warm_up(count: int) -> int:

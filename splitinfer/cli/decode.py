@@ -113,7 +113,7 @@ class Bench:
     yields: dict[int, float] = field(default_factory=dict)
 
     def measure(self, nodes: str, addresses: Sequence[str], cases: Sequence[Case]) -> Iterator[Decoded]:
-        """Every case over every link, on nodes that a person knows as `nodes`: the medians of a few passes.
+        """Every case over every link, on nodes known as `nodes`: the middle one of a few passes.
 
         A pass calibrates, predicts and decodes all of them, so that what disturbs the machine for some
         seconds spoils one pass and not a case.
@@ -252,13 +252,9 @@ class Bench:
 
 
 def _middle(same: Sequence[Decoded]) -> Decoded:
-    """One case of several passes: the medians of what was predicted, measured and taken by others."""
-    by_prediction = sorted(same, key=lambda found: found.predicted.tokens_per_second)
-    return replace(
-        by_prediction[len(same) // 2],
-        measured=median(found.measured for found in same),
-        others=median(found.others for found in same),
-    )
+    """Of one case in several passes the one whose ratio is the middle one. Where a machine's speed changes,
+    what was predicted and measured within one pass belongs together."""
+    return sorted(same, key=lambda found: found.ratio)[len(same) // 2]
 
 
 def _rate(times: Sequence[float]) -> float:
