@@ -179,7 +179,8 @@ class Proxy:
             if end.family != socket.AF_UNIX:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if _PACING is not None and (end is client or self._near):
-                    end.setsockopt(socket.IPPROTO_TCP, _PACING, b"reno")
+                    with suppress(OSError):
+                        end.setsockopt(socket.IPPROTO_TCP, _PACING, b"reno")
             if self.plan.bandwidth:
                 # Large buffers here would swallow what the link is meant to hold up.
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_NBYTES // 4)
