@@ -34,7 +34,7 @@ __all__ = ["ROWS", "Effort", "calibrate_calls", "calibrate_client", "calibrate_d
 
 ROWS = (1, 2, 4, 8)
 GROUP = 4  # sequences in a step of several: half of the table's streams
-PAUSE = 0.001  # seconds that a layer waits where a call would be, at most
+PAUSE = 0.001  # seconds that a layer waits where a call would be
 BETWEEN_CALLS = 0.0003  # seconds of the client's own work between two calls, about
 CONTEXT = 96  # tokens before the rows that are measured
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 0, "ignore_eos": True}
@@ -59,13 +59,11 @@ class Effort:
 class _Absent:
     """Experts that are not there: a pause in place of a call. The rows themselves are the answer.
 
-    A pause shorter than PAUSE is spent awake, as a short wait for an answer is. `bank` is asked for every
-    layer's rows beside, to time what a layer costs that is kept here.
+    `bank` is asked for every layer's rows beside, to time what a layer costs that is kept here.
     """
 
-    def __init__(self, bank: ExpertBank | None = None, pause: float = PAUSE) -> None:
+    def __init__(self, bank: ExpertBank | None = None) -> None:
         self.bank = bank
-        self.pause = min(pause, PAUSE)
 
     def dispatch(
         self,
@@ -84,20 +82,15 @@ class _Absent:
 
     async def _wait(self, layer: int, x: Tensor, timeline: Timeline | None) -> Tensor:
         start = perf_counter()
-        if self.pause == PAUSE:
-            await asyncio.sleep(PAUSE)
-        while perf_counter() - start < self.pause:  # noqa: ASYNC110 -- the loop turns, as it polls
-            await asyncio.sleep(0)
+        await asyncio.sleep(PAUSE)
         if timeline is not None:
             timeline.add("network", layer, start, perf_counter())
         return x
 
 
 @contextmanager
-def _without_experts(
-    engine: AsyncEngine, bank: ExpertBank | None = None, pause: float = PAUSE
-) -> Iterator[_Absent]:
-    model, absent = engine.model, _Absent(bank, pause)
+def _without_experts(engine: AsyncEngine, bank: ExpertBank | None = None) -> Iterator[_Absent]:
+    model, absent = engine.model, _Absent(bank)
     there, model.experts = model.experts, absent
     try:
         yield absent
@@ -145,14 +138,9 @@ def _work_for(seconds: float) -> None:
         pass
 
 
-async def calibrate_client(
-    engine: AsyncEngine, bank: ExpertBank | None, effort: Effort, pause: float = PAUSE
-) -> ClientCost:
-    """What this machine's half of a step costs, by rows; `bank` has one layer's experts, if any stay here.
-
-    `pause`, in seconds, is what a call takes over the fastest link in question: how cold the caches get.
-    """
-    with _without_experts(engine, bank, pause) as absent:
+async def calibrate_client(engine: AsyncEngine, bank: ExpertBank | None, effort: Effort) -> ClientCost:
+    """What this machine's half of a step costs, by rows; `bank` has one layer's experts, if any stay here."""
+    with _without_experts(engine, bank) as absent:
         parts = {rows: await _steps(engine, [rows], effort) for rows in ROWS}
         group = await _steps(engine, [1] * GROUP, effort)
         absent.bank = None

@@ -160,7 +160,7 @@ class Bench:
             self.layers = engine.config.num_hidden_layers
             experts = engine.model.experts
             assert isinstance(experts, RemoteExperts)  # no layer is local yet
-            call = self.calls[nodes] = await calibrate_calls(
+            self.calls[nodes] = await calibrate_calls(
                 experts, engine.config, engine.model.dtype, trips[0], self.effort
             )
             bank = None
@@ -168,8 +168,7 @@ class Bench:
                 every = {0: range(engine.config.num_experts)}
                 format = self.config.quant_config().experts
                 bank = ExpertBank(engine.checkpoint, every, dtype=self.config.torch_dtype(), format=format)
-            pause = call.round_trip + call.experts.at(1) + call.handling.at(1)
-            self.client = await calibrate_client(engine, bank, self.effort, pause)
+            self.client = await calibrate_client(engine, bank, self.effort)
             if self.drafter is not None:
                 depth = max(case.depth for case in cases)
                 cost = await calibrate_drafter(engine, self.drafter, depth, self.effort)
