@@ -41,7 +41,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cores import halves
-from transport_peers import BULK_NBYTES, PEERS, ROW_NBYTES, run_client, run_server
+from transport_peers import BULK_NBYTES, PEERS, ROW_NBYTES
+from transport_processes import run_client, run_server
 
 WAIT_SECONDS: Final = 60.0
 # Per round: rows, tensors, rounds of 64 rows.

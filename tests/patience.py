@@ -7,13 +7,23 @@ of it. A lower bound on a time may stand as it is: nothing makes a clock run slo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
-__all__ = ["at_its_best", "until", "with_more_time"]
+__all__ = ["at_its_best", "run", "until", "with_more_time"]
 
 LONG_SECONDS = 30.0
 T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, for twenty seconds at most: a test that waits for ever says where."""
+
+    async def limited() -> T:
+        async with asyncio.timeout(20):
+            return await work
+
+    return asyncio.run(limited())
 
 
 async def until(true: Callable[[], object]) -> None:

@@ -155,7 +155,7 @@ def tune(sock: socket.socket) -> None:
     with suppress(OSError):  # a peer that is gone already
         if is_loopback(sock.getpeername()[0]):
             # Nothing is lost between two processes, and BBR, where that is the system's choice, would pace
-            # them: a timer for every few packets, at a third of the throughput.
+            # them: a timer for every few packets, and a fraction of the throughput.
             wanted.append((socket.IPPROTO_TCP, getattr(socket, "TCP_CONGESTION", None), b"reno"))
     for level, option, value in wanted:
         if option is not None:

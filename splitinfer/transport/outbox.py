@@ -41,7 +41,7 @@ Piece: TypeAlias = "bytes | memoryview"
 
 # One copy of a body up to this size costs less than a longer list of pieces for the kernel.
 JOIN_NBYTES: Final = 16 * 1024
-# So many pieces in a row that the kernel took whole: no network does, loopback and the fastest links do.
+# So many pieces in a row that the kernel took whole, as loopback does: the link is no slower than the copy.
 _LARGE_AFTER: Final = 4
 _DATA: Final = attrgetter("data")
 

@@ -1,26 +1,18 @@
-"""What the parts of the conformance suite share: handlers, and how a test is run."""
+"""What the parts of the conformance suite share: handlers, and what a server is busy with."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from splitinfer import transport
 from splitinfer.transport import Reply
 
-__all__ = ["Pair", "echo", "run", "running", "sleeper"]
+__all__ = ["Pair", "echo", "running", "sleeper"]
 
 Pair = Callable[..., contextlib.AbstractAsyncContextManager[tuple[transport.Server, transport.Channel]]]
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(limited())
 
 
 def echo(call: transport.Call) -> Reply:

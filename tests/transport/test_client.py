@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Coroutine
 from time import monotonic
 from typing import Any
 
@@ -28,19 +27,8 @@ from splitinfer.transport import ClientConfig, Reply, client
 from splitinfer.transport.frames import ERROR, HELLO, pack_frame, pack_map
 from splitinfer.transport.link import EmulatedLink, LinkSpec
 from splitinfer.transport.protocol import Connection
-from tests.patience import until, with_more_time
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(limited())
-
-
-def echo(call: transport.Call) -> Reply:
-    return Reply(call.tensors, call.meta)
+from tests.patience import run, until, with_more_time
+from tests.transport.conformance import echo
 
 
 async def sleeper(call: transport.Call) -> Reply:

@@ -17,8 +17,8 @@ from splitinfer.transport import Reply
 from splitinfer.transport.frames import CHUNK_NBYTES, LARGE_CHUNK_NBYTES
 from splitinfer.transport.sockets import Link
 from splitinfer.transport.tensors import DTYPES
-from tests.patience import until
-from tests.transport.conformance import Pair, echo, run, running, sleeper
+from tests.patience import run, until
+from tests.transport.conformance import Pair, echo, running, sleeper
 
 
 def every_dtype() -> list[Any]:

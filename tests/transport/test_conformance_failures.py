@@ -12,8 +12,8 @@ import pytest
 from splitinfer import transport
 from splitinfer.errors import ConnectionLost, DeadlineExceeded, LimitExceeded, Overloaded, RemoteError
 from splitinfer.transport import ClientConfig, Limits, Reply, ServerConfig
-from tests.patience import until, with_more_time
-from tests.transport.conformance import Pair, echo, run, running, sleeper
+from tests.patience import run, until, with_more_time
+from tests.transport.conformance import Pair, echo, running, sleeper
 
 
 def test_errors_of_a_handler(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:

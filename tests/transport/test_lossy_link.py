@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any
 
@@ -16,6 +16,7 @@ from splitinfer.errors import ConnectionLost, LinkError
 from splitinfer.transport import ClientConfig
 from splitinfer.transport.frames import CHUNK_NBYTES
 from splitinfer.transport.link import LinkSpec
+from tests.patience import run
 
 ROW = np.arange(2816, dtype=np.uint16)
 LARGE = np.random.default_rng(0).integers(0, 256, 3 * CHUNK_NBYTES + 5, dtype=np.uint8)
@@ -23,14 +24,6 @@ LARGE = np.random.default_rng(0).integers(0, 256, 3 * CHUNK_NBYTES + 5, dtype=np
 
 def echo(call: transport.Call) -> list[Any]:
     return list(call.tensors)
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(limited())
 
 
 @contextlib.asynccontextmanager

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,7 @@ from splitinfer.errors import (
     UsageError,
 )
 from splitinfer.transport import Limits, Reply, ServerConfig
-from tests.patience import until, with_more_time
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(limited())
+from tests.patience import run, until, with_more_time
 
 
 async def plus_one(call: transport.Call) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from time import sleep
 from typing import Any
 
@@ -25,7 +25,7 @@ from splitinfer.transport.frames import (
 )
 from splitinfer.transport.protocol import Connection
 from splitinfer.transport.sockets import Link
-from tests.patience import until
+from tests.patience import run, until
 
 
 class Owner:
@@ -60,14 +60,6 @@ def link(role: Any, sock: socket.socket) -> tuple[Link, Owner]:
     connection = Connection(role, peer="other")
     owner = Owner(connection)
     return Link(asyncio.get_running_loop(), sock, connection, owner), owner
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(limited())
 
 
 def close(*links: Link) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from splitinfer.transport import ClientConfig, ServerConfig
 from splitinfer.transport.certificates import Certificate, TLSConfig, make_certificate
 from splitinfer.transport.frames import HELLO, REQUEST, pack_frame, pack_map
 from splitinfer.transport.security import Token
+from tests.patience import run
 
 OURS, OTHER = Token("a token that both ends know"), Token("a token that nobody knows")
 
@@ -39,14 +39,6 @@ def serving(made: Certificate, **more: Any) -> TLSConfig:
 
 def pinning(made: Certificate, **more: Any) -> TLSConfig:
     return TLSConfig(fingerprints=(made.fingerprint,), **more)
-
-
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    async def limited() -> Any:
-        async with asyncio.timeout(20):
-            return await work
-
-    return asyncio.run(limited())
 
 
 def echo(call: transport.Call) -> list[Any]:
