@@ -192,16 +192,16 @@ class RemoteExperts:
     ) -> Awaitable[Tensor]:
         """Send rows `x` [rows, hidden] to the nodes that hold their experts; await the weighted sum.
 
-        `top_k_index` [rows, k] names experts, `top_k_weights` [rows, k] (float32) weighs them. The result has
-        the shape and dtype of `x`. A node answers in the dtype of `x` when it is the only one asked (the sum
-        is rounded once, there), in float32 when several add up (rounded once, here), and in fixed point where
+        `top_k_index` [rows, k] int16 names experts, `top_k_weights` [rows, k] float32 weighs them. The result
+        has the shape and dtype of `x`. A node answers in that dtype when it is the only one asked (the sum is
+        rounded once, there), in float32 when several add up (rounded once, here), and in fixed point where
         sums have to be exact.
 
         Awaiting raises `PlacementError` when every holder of an expert is gone, and the node's own error
         otherwise. A missing answer is never replaced by zeros.
         """
         start = perf_counter()
-        wire = Rows.of(x, top_k_index, top_k_weights)
+        wire = Rows(x, top_k_index, top_k_weights)
         deadline = start + self._timeout
         if self._avoided and start > self._avoided_until:
             self._look_again()
@@ -280,9 +280,8 @@ class RemoteExperts:
         now = perf_counter()
         timeout, meta = max(deadline - now, 0.001), {"layer": layer, "out": out}
         for share in shares:
-            tensors: list[transport.Array] = [share.x, share.experts, share.weights]
             try:
-                answer = self._channels[share.node].start(EXPERT_CALL, tensors, meta, timeout=timeout)
+                answer = self._channels[share.node].start(EXPERT_CALL, share.tensors, meta, timeout=timeout)
             except Overloaded as error:  # it drains: known before anything was sent
                 answer = asyncio.get_running_loop().create_future()
                 answer.set_exception(error)
@@ -312,7 +311,7 @@ class RemoteExperts:
                     except (LinkError, Overloaded) as error:
                         lost.append((call, error))
                         continue
-                    partials.append(self._partial(call, reply, wire))
+                    partials.append(self._partial(call, reply))
                     seconds = reply.meta.get("compute_us", 0) / 1e6
                     compute = max(compute, seconds)
                     if timeline is not None and call.answered:
@@ -346,22 +345,19 @@ class RemoteExperts:
             return gone(address, experts, layer)
         return late(address, layer, self._timeout)
 
-    def _partial(self, call: _Call, reply: transport.Reply, wire: Rows) -> Partial:
+    def _partial(self, call: _Call, reply: transport.Reply) -> Partial:
         """The answer, checked against what was asked."""
-        expected = (len(call.share.experts), wire.x.shape[1])
-        address = self.placement.addresses[call.share.node]
-        if len(reply.tensors) != 1 or tuple(reply.tensors[0].shape) != expected:
-            shapes = [tuple(t.shape) for t in reply.tensors]
-            raise RemoteProtocolError(
-                f"node {address} answered an expert call with {shapes}, not [{expected}]",
-                peer=address,
-                remedy="Run the same version of splitinfer on both machines.",
-            )
-        if reply.tensors[0].dtype != call.out:
-            raise RemoteProtocolError(
-                f"node {address} answered in {reply.tensors[0].dtype}, asked was {call.out}", peer=address
-            )
-        return Partial(call.share.node, call.share.rows, reply.tensors[0].torch())
+        share, tensors = call.share, reply.tensors
+        expected = tuple(share.tensors[0].shape)  # as x
+        if len(tensors) == 1 and tensors[0].shape == expected and tensors[0].dtype == call.out:
+            return Partial(share.node, share.rows, tensors[0])
+        address = self.placement.addresses[share.node]
+        found = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors) or "nothing"
+        raise RemoteProtocolError(
+            f"node {address} answered an expert call with {found}, not {call.out} {list(expected)}",
+            peer=address,
+            remedy="Run the same version of splitinfer on both machines.",
+        )
 
     async def _again(
         self, layer: int, wire: Rows, lost: list[tuple[_Call, LinkError | Overloaded]], deadline: float

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from splitinfer import transport
@@ -18,13 +16,13 @@ _REMEMBERED: Final = 256  # kinds of calls; a client that decodes makes one for 
 
 
 class Request(NamedTuple):
-    """An expert call of some `rows`: what `ExpertBank.forward_bytes` takes, and the answer's dtype by name
-    and shape."""
+    """An expert call: what `ExpertBank.forward_bytes` takes, and the answer's dtype by name and shape."""
 
     layer: int
     x: memoryview
-    top_k_index: npt.NDArray[np.int16]
+    top_k_index: memoryview
     weights: memoryview
+    places: tuple[int, ...]
     dtype: torch.dtype
     out_dtype: torch.dtype
     out: str
@@ -51,10 +49,7 @@ class ExpertCalls:
             dtype, out_dtype = self._check(call)
             x, index, weights = tensors
             layer, out = meta["layer"], meta["out"]
-        return Request(
-            layer, x.data, np.ndarray(index.shape, np.int16, index.data), weights.data, dtype, out_dtype, out,
-            x.shape,
-        )  # fmt: skip
+        return Request(layer, x.data, index.data, weights.data, index.shape, dtype, out_dtype, out, x.shape)
 
     def _check(self, call: transport.Call) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes of x and of the answer; remembers that such a call is fine."""

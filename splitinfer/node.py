@@ -173,7 +173,7 @@ class ExpertNode:
         """One expert call. Few rows are answered at once; many leave the loop free to move bytes."""
         assert self._expert_calls is not None
         request = self._expert_calls.read(call)
-        rows = len(request.top_k_index)
+        rows = request.shape[0]
         self.calls += 1
         self.rows += rows
         # As `compute.runs_inline`, without an inference mode, which bytes do not need.
@@ -183,7 +183,7 @@ class ExpertNode:
 
     def _compute(self, request: Request) -> transport.Reply:
         start = perf_counter()
-        sums = self.bank.forward_bytes(*request[:6])
+        sums = self.bank.forward_bytes(*request[:7])
         self._last_seconds = seconds = perf_counter() - start
         answer = transport.Tensor(request.out, request.shape, memoryview(sums))
         return transport.Reply([answer], {"compute_us": int(seconds * 1e6)})

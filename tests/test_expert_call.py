@@ -42,7 +42,8 @@ def test_what_is_read_is_what_came() -> None:
         assert (request.dtype, request.out_dtype) == (torch.float32, torch.float32)
         assert request.x is given.tensors[0].data
         assert request.weights is given.tensors[2].data
-        assert request.top_k_index.tolist() == [[2] * TOP_K] * 2
+        assert request.top_k_index is given.tensors[1].data
+        assert request.places == (2, TOP_K)
 
 
 @pytest.mark.parametrize(

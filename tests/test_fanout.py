@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitinfer import transport
 from splitinfer.fanout import Owner, Partial, Rows, add_partials, divide, divide_by
 
 EXPERTS, HIDDEN = 9, 4
@@ -15,7 +17,16 @@ EXPERTS, HIDDEN = 9, 4
 def block(rows: int, k: int, seed: int) -> Rows:
     draw = torch.Generator().manual_seed(seed)
     index = torch.rand(rows, EXPERTS, generator=draw).topk(k).indices
-    return Rows.of(torch.randn(rows, HIDDEN, generator=draw), index, torch.rand(rows, k, generator=draw))
+    return Rows(torch.randn(rows, HIDDEN, generator=draw), index, torch.rand(rows, k, generator=draw))
+
+
+def read(array: object) -> torch.Tensor:
+    return array.torch() if isinstance(array, transport.Tensor) else torch.as_tensor(array)
+
+
+def sums(values: torch.Tensor) -> transport.Tensor:
+    data = memoryview(bytearray(bytes(values.contiguous().view(torch.uint8).numpy())))
+    return transport.Tensor(str(values.dtype).removeprefix("torch."), tuple(values.shape), data)
 
 
 owners = st.lists(
@@ -38,8 +49,8 @@ def test_every_expert_is_asked_for_once_in_every_slice(
         assert share.experts.dtype == np.int16
         assert (share.experts >= 0).any(axis=1).all() or share.rows is None
         for at, row in enumerate(places):
-            assert torch.equal(share.x[at], wire.x[row])
-            assert np.array_equal(share.weights[at], wire.weights[row])
+            assert torch.equal(read(share.tensors[0])[at], wire.x[row])
+            assert torch.equal(read(share.tensors[2])[at], torch.from_numpy(wire.weights[row]))
             for place, expert in enumerate(share.experts[at]):
                 if expert >= 0:
                     slice_ = table[:, expert].tolist().index(share.node)
@@ -70,11 +81,30 @@ def test_partial_sums_are_added_in_node_order_and_rounded_once() -> None:
     expected = a.clone()
     expected[[0, 2]] += b
     expected += c
-    partials = [Partial(7, None, c), Partial(1, None, a), Partial(3, rows, b)]
-    before = a.clone()
+    partials = [Partial(7, None, sums(c)), Partial(1, None, sums(a)), Partial(3, rows, sums(b))]
     assert torch.equal(add_partials(partials, x), expected.to(torch.bfloat16))
-    assert torch.equal(a, before)  # the answers' memory is not ours
-    some = add_partials([Partial(1, rows, b)], x)
+    some = add_partials([Partial(1, rows, sums(b))], x)
     assert torch.equal(some[[0, 2]], b.to(torch.bfloat16))
     assert not some[1].any()
-    assert add_partials([Partial(1, None, a)], a.float()) is a
+    assert torch.equal(add_partials([Partial(1, None, sums(a))], a.float()), a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_kernel_adds_as_pytorch_does(
+    rows: int, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [torch.randn(rows, 70) * 10.0**n for n in range(count)]
+    x = torch.empty(rows, 70, dtype=dtype)
+    partials = [Partial(node, None, sums(part)) for node, part in reversed(list(enumerate(parts)))]
+    found = add_partials(partials, x)
+    monkeypatch.setattr("splitinfer.fanout.row_kernels", lambda: None)
+    assert torch.equal(found, add_partials(partials, x))
+
+
+@pytest.mark.parametrize("hidden", [4, 40_000])  # copied, and as it lies
+def test_an_answer_that_is_whole_is_taken_as_it_is(hidden: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        answer = torch.randn(1, hidden).to(dtype)
+        assert torch.equal(add_partials([Partial(0, None, sums(answer))], answer), answer)

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Generator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +24,7 @@ from splitinfer.model.quantize import Packed, format_of
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
-__all__ = ["ExpertBank", "Experts", "LocalExperts"]
+__all__ = ["ExpertBank", "Experts", "LocalExperts", "expert_ids"]
 
 T = TypeVar("T")
 
@@ -44,7 +43,7 @@ class Experts(Protocol):
         """Starts the layer's experts on x [rows, H] now; awaiting gives their weighted sum [rows, H]. All
         tensors are on the CPU.
 
-        `top_k_index` [rows, K] int64, `top_k_weights` [rows, K] float32. The sum has x's dtype. What the
+        `top_k_index` [rows, K] int16, `top_k_weights` [rows, K] float32. The sum has x's dtype. What the
         caller waits for goes to `timeline` as "experts" and "network".
         """
         ...
@@ -145,7 +144,7 @@ class ExpertBank:
                 held.gate_up,
                 held.down,
                 x.contiguous(),
-                top_k_index.to(torch.int64).contiguous(),
+                expert_ids(top_k_index),
                 top_k_weights.to(torch.float32).contiguous(),
                 torch.empty(x.shape, dtype=out_dtype),
             )
@@ -156,32 +155,34 @@ class ExpertBank:
         self,
         layer: int,
         x: memoryview,
-        top_k_index: npt.NDArray[np.int16],
+        top_k_index: memoryview,
         top_k_weights: memoryview,
+        places: tuple[int, ...],
         dtype: torch.dtype,
         out_dtype: torch.dtype,
     ) -> bytearray:
-        """`forward` of x's bytes in `dtype` and the weights' in float32, to the sums' bytes in `out_dtype`.
+        """`forward` of x's bytes in `dtype`, to the sums' bytes in `out_dtype`. `places` is [rows, K], the
+        shape of the index, int16, and of the weights, float32.
 
         For one decoded row, tensors of what came off the wire would cost as much as a small expert. The
         memory given is writable, and aligned for its dtypes.
         """
-        rows, k = top_k_index.shape
+        rows, k = places
         held = self._layers.get(layer)
-        if held is None or self._kernels is None or not top_k_index.size:
+        if held is None or self._kernels is None or not top_k_index.nbytes:
             tensors = (torch.frombuffer(x, dtype=dtype) if x.nbytes else torch.empty(0, dtype=dtype)).view(
                 rows, self.hidden_size
             )
-            weights = torch.from_numpy(np.ndarray((rows, k), np.float32, top_k_weights))
-            sums = self.forward(layer, tensors, torch.from_numpy(top_k_index), weights, out_dtype)
+            index = torch.from_numpy(np.ndarray(places, np.int16, top_k_index))
+            weights = torch.from_numpy(np.ndarray(places, np.float32, top_k_weights))
+            sums = self.forward(layer, tensors, index, weights, out_dtype)
             return bytearray(sums.contiguous().view(torch.uint8).numpy())
-        index = top_k_index.astype(np.int64)
         out = bytearray(rows * self.hidden_size * out_dtype.itemsize)
         kind = FIXED_SUM if out_dtype is FIXED else int(out_dtype is torch.bfloat16)
         try:
             self._kernels.experts_at(
-                held.gate_up, held.down, address_of(x), dtype is torch.bfloat16, rows, address_of(index),
-                address_of(top_k_weights), k, address_of(out), kind,
+                held.gate_up, held.down, address_of(x), dtype is torch.bfloat16, rows,
+                address_of(top_k_index), address_of(top_k_weights), k, address_of(out), kind,
             )  # fmt: skip
         except (KeyError, OverflowError) as error:
             raise _refusal(error, layer) from None
@@ -273,6 +274,16 @@ def _refusal(error: KeyError | OverflowError, layer: int) -> SplitinferError:
 
 def _not_held(expert: int, layer: int) -> PlacementError:
     return PlacementError(f"expert {expert} of layer {layer} is not held here")
+
+
+def expert_ids(top_k_index: Tensor) -> Tensor:
+    """`top_k_index` as the kernels and the wire have it: int16, contiguous. Raises PlacementError for ids
+    that have no room in it."""
+    if top_k_index.dtype is not torch.int16:
+        given, top_k_index = top_k_index, top_k_index.to(torch.int16)
+        for wrong in given[given != top_k_index].tolist()[:1]:
+            raise PlacementError(f"there is no expert {wrong}")
+    return top_k_index if top_k_index.is_contiguous() else top_k_index.contiguous()
 
 
 def _by_expert(top_k_index: Tensor) -> dict[int, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,7 @@ from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, is_bfloat16, kernels, no_memory
 from splitinfer.model.rows import Routing, TorchRows
 
-__all__ = ["RowKernels", "row_ops"]
+__all__ = ["RowKernels", "row_kernels", "row_ops"]
 
 
 class RowKernels(TorchRows):
@@ -37,6 +38,7 @@ class RowKernels(TorchRows):
         self._heads = bind(
             "heads", pointer, *[size] * 6, integer, *[pointer] * 3, real, pointer, pointer, integer, integer
         )
+        self._sum = bind("sum", pointer, integer, size, size, pointer, integer, integer)
         self._gated = bind("gated", pointer, size, size, pointer, integer)
         self._choose = bind("choose", pointer, size, size, size, pointer, pointer, pointer)
         self._attention_in = bind(
@@ -149,10 +151,23 @@ class RowKernels(TorchRows):
     def choose(self, scores: Tensor, k: int, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The k largest of scores [rows, E] float32, falling, and their softmax times scale [E]."""
         rows, n = scores.shape
-        index = torch.empty((rows, k), dtype=torch.int64)
+        index = torch.empty((rows, k), dtype=torch.int16)
         weights = torch.empty((rows, k))
         self._choose(scores.data_ptr(), rows, n, k, scale.data_ptr(), index.data_ptr(), weights.data_ptr())
         return index, weights
+
+    def sum(self, parts: Sequence[int], out: Tensor) -> Tensor:
+        """Adds blocks of float32 of the shape of `out` [rows, n], at the addresses `parts`, in their order,
+        and rounds once."""
+        rows, n = out.shape
+        addresses = (ctypes.c_void_p * len(parts))(*parts)
+        _done(
+            self._sum(
+                ctypes.addressof(addresses), len(parts), rows, n, out.data_ptr(), is_bfloat16(out),
+                torch.get_num_threads(),
+            )
+        )  # fmt: skip
+        return out
 
     def attention_in(
         self,
@@ -203,7 +218,7 @@ class RowKernels(TorchRows):
         if routing is not None:
             router, scale, third = routing.proj.matrices, routing.per_expert_scale, routing.scale
             k = routing.top_k
-            index, weights = torch.empty((rows, k), dtype=torch.int64), torch.empty((rows, k))
+            index, weights = torch.empty((rows, k), dtype=torch.int16), torch.empty((rows, k))
         _done(
             self._attention_out(
                 ctypes.addressof(output.matrices), None if router is None else ctypes.addressof(router),
@@ -247,12 +262,13 @@ def _same(*tensors: Tensor) -> bool:
 
 
 @cache
-def _row_kernels() -> RowKernels | None:
+def row_kernels() -> RowKernels | None:
+    """The kernels, None where there are none."""
     built = kernels()
     return None if built is None else RowKernels(built.library)
 
 
 def row_ops(device: torch.device, dtype: torch.dtype) -> TorchRows:
     """The kernels where they can be used, else PyTorch."""
-    built = _row_kernels() if device.type == "cpu" and dtype in DTYPES else None
+    built = row_kernels() if device.type == "cpu" and dtype in DTYPES else None
     return TorchRows() if built is None else built

@@ -94,10 +94,10 @@ class TorchRows:
         return F.gelu(gate, approximate="tanh").mul_(up)
 
     def choose(self, scores: Tensor, k: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The k largest of scores [rows, E] float32, falling; their softmax times `scale` [E]."""
+        """The k largest of scores [rows, E] float32, falling, as int16; their softmax times `scale` [E]."""
         # The reference normalises K of E softmax terms: the same as a softmax over the K.
         best, index = torch.topk(scores, k, dim=-1)
-        return index, torch.softmax(best, dim=-1) * scale[index]
+        return index.to(torch.int16), torch.softmax(best, dim=-1) * scale[index]
 
     def attention_in(
         self,

@@ -317,7 +317,7 @@ class _Peer:
 
     def _answer(self, id: int, answer: Any, deadline: float) -> None:
         """What a handler gave: an answer, or something that will become one."""
-        if type(answer) is CoroutineType or asyncio.iscoroutine(answer):
+        if type(answer) is not Reply and (type(answer) is CoroutineType or asyncio.iscoroutine(answer)):
             answer = eager.start(answer, self._loop)
         if type(answer) is Reply:
             self.connection.reply(id, answer.tensors, answer.meta)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from splitinfer.errors import PlacementError, SplitinferError, UsageError
 from splitinfer.fixed_point import from_fixed
 from splitinfer.model.compute import INLINE_ROWS
-from splitinfer.model.experts import ExpertBank, LocalExperts
+from splitinfer.model.experts import ExpertBank, LocalExperts, expert_ids
 from splitinfer.model.linear import matrix_of
 from splitinfer.model.native import Matrix, kernels
 from splitinfer.model.quantize import quantize
@@ -147,7 +146,7 @@ def test_rows_that_chose_nobody_here_are_zero(checkpoint: Checkpoint) -> None:
 def test_what_is_not_held_is_refused(checkpoint: Checkpoint, rows: int) -> None:
     bank = ExpertBank(checkpoint, {LAYER: range(5)})
     x, index, weights = routing(rows)
-    for wrong in (5, 11, -2, 1 << 20):
+    for wrong in (5, 11, -2):
         with pytest.raises(PlacementError, match=f"expert {wrong} of layer 2 is not held here"):
             bank.forward(LAYER, x, torch.full_like(index, wrong), weights)
     with pytest.raises(PlacementError, match="layer 0 is not held here"):
@@ -226,7 +225,7 @@ def test_neither_rows_nor_threads_change_a_row(format: str) -> None:
     ]
     gate_up, down = ((Matrix * 5)(*(matrix_of(pair[i]) for pair in packed)) for i in (0, 1))
     x = torch.randn(20, 330, generator=generator)
-    index = torch.rand(20, 5, generator=generator).topk(3, dim=-1).indices
+    index = expert_ids(torch.rand(20, 5, generator=generator).topk(3, dim=-1).indices)
     index[0] = 4  # one row may meet an expert more often than there are rows
     weights = torch.rand(20, 3, generator=generator)
     before = torch.get_num_threads()
@@ -251,12 +250,14 @@ def test_bytes_give_what_tensors_give(
     bank = ExpertBank(checkpoint, {LAYER: held})
     x, index, weights = routing(rows)
     x, index = x.to(dtype), torch.where(index < len(held), index, -1).to(torch.int16)
-    given = [memoryview(bytearray(bytes(t.contiguous().view(torch.uint8).numpy()))) for t in (x, weights)]
+    given = [
+        memoryview(bytearray(bytes(t.contiguous().view(torch.uint8).numpy()))) for t in (x, index, weights)
+    ]
     for out in (dtype, torch.float32, torch.int64):
         expected = bank.forward(LAYER, x, index, weights, out)
         for bank_kernels in (bank._kernels, None):
             monkeypatch.setattr(bank, "_kernels", bank_kernels)
-            found = bank.forward_bytes(LAYER, given[0], index.numpy(), given[1], dtype, out)
+            found = bank.forward_bytes(LAYER, *given, tuple(index.shape), dtype, out)
             sums = torch.frombuffer(found, dtype=out) if rows else torch.empty(0, dtype=out)
             close = (1e-2, 1e-2) if bank_kernels is None and out is not torch.int64 else (0.0, 0.0)
             if bank_kernels is not None or out is not torch.int64:
@@ -267,7 +268,15 @@ def test_bytes_give_what_tensors_give(
 def test_bytes_that_name_what_is_not_held_are_refused(checkpoint: Checkpoint) -> None:
     bank = ExpertBank(checkpoint, {LAYER: range(4)})
     x, weights = (memoryview(bytearray(4 * n)) for n in (HIDDEN, 1))
+    seventh = memoryview(bytearray(b"\7\0"))
     with pytest.raises(PlacementError, match="expert 7 of layer 2"):
-        bank.forward_bytes(LAYER, x, np.array([[7]], np.int16), weights, torch.float32, torch.float32)
+        bank.forward_bytes(LAYER, x, seventh, weights, (1, 1), torch.float32, torch.float32)
     with pytest.raises(PlacementError, match="layer 3"):
-        bank.forward_bytes(3, x, np.array([[0]], np.int16), weights, torch.float32, torch.float32)
+        bank.forward_bytes(3, x, seventh, weights, (1, 1), torch.float32, torch.float32)
+
+
+def test_ids_that_are_no_experts_are_refused() -> None:
+    for wrong in (1 << 15, -40_000, 1 << 32):
+        with pytest.raises(PlacementError, match=f"no expert {wrong}"):
+            expert_ids(torch.tensor([[0, wrong]]))
+    assert expert_ids(torch.tensor([[0, -1, 127]])).dtype == torch.int16

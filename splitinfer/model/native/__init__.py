@@ -114,12 +114,12 @@ class Kernels:
         weights: Tensor,
         out: Tensor,
     ) -> Tensor:
-        """Weighted sum [rows, H] of the experts that index [rows, K] int64 names; weights float32.
+        """Weighted sum [rows, H] of the experts that index [rows, K] int16 names; weights float32.
 
         `out` is float32, bfloat16, or int64 for fixed point (see `model.exact`). -1 is left out. Raises
         KeyError, with the expert, for one without a matrix, and OverflowError for a fixed sum out of range.
         """
-        if index.dtype != torch.int64 or weights.dtype != torch.float32:
+        if index.dtype != torch.int16 or weights.dtype != torch.float32:
             raise TypeError(f"top_k_index is {index.dtype}, top_k_weights {weights.dtype}")
         kind = FIXED_SUM if out.dtype is torch.int64 else int(is_bfloat16(out))
         self.experts_at(

@@ -42,7 +42,7 @@ static int make_plan(Plan *p, const Matrix *gate_up, const Matrix *down, int64_t
 
 /* Sorts places by expert, keeping the order of rows; returns how many experts are used, or -1 with the first
    expert that is not held in `wrong`. */
-static int64_t sort_places(Plan *p, const Matrix *gate_up, int64_t experts, const int64_t *index,
+static int64_t sort_places(Plan *p, const Matrix *gate_up, int64_t experts, const int16_t *index,
                            int64_t places, int64_t k, int64_t *wrong) {
     memset(p->begin, 0, (size_t)(experts + 1) * 4);
     for (int64_t i = 0; i < places; i++) {
@@ -193,7 +193,7 @@ static void experts_work(void *given, Member *member) {
    ascending expert, fixed ones are int64, in steps of 2^-36. Returns 0, -1 without memory, 1 with the first expert
    that is not held in `wrong`, or 2 where a fixed sum left its range. */
 int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t experts, const void *x,
-                       int x_bfloat16, int64_t rows, const int64_t *index, const float *weights, int64_t k,
+                       int x_bfloat16, int64_t rows, const int16_t *index, const float *weights, int64_t k,
                        void *out, int out_kind, int64_t *wrong, int threads) {
     const Matrix *first = gate_up;
     while (!first->weight && first < gate_up + experts - 1) first++;

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { ROWS_APIECE = 16 }; /* below, another thread costs more than it saves */
 
@@ -160,13 +161,36 @@ int splitinfer_gated(const float *x, int64_t rows, int64_t n, float *out, int th
     return by_row(gated_of_rows, &a, rows, 1, threads);
 }
 
+typedef struct {
+    const float *const *parts;
+    int count, bfloat16;
+    int64_t n;
+    void *out;
+} Sum;
+
+static void sum_row(const void *given, int64_t r, float *row) {
+    const Sum *a = given;
+    memcpy(row, a->parts[0] + r * a->n, (size_t)a->n * 4);
+    for (int p = 1; p < a->count; p++)
+        for (int64_t i = 0; i < a->n; i++) row[i] += a->parts[p][r * a->n + i];
+    write_row(row, a->n, a->out, a->bfloat16, r * a->n);
+}
+
+/* out [rows, n] = the sum of `count` parts [rows, n] float32, in their order and rounded once. */
+int splitinfer_sum(const float *const *parts, int count, int64_t rows, int64_t n, void *out, int out_bfloat16,
+                   int threads) {
+    const Sum a = {parts, count, out_bfloat16, n, out};
+    return by_row(sum_row, &a, rows, n, threads);
+}
+
 /* The k largest of scores [rows, n] in falling order (of equals the first) into index [rows, k]; their softmax
    times scale[index] into weights [rows, k]. A NaN is never chosen before a number. */
-int splitinfer_choose(const float *scores, int64_t rows, int64_t n, int64_t k, const float *scale, int64_t *index,
+int splitinfer_choose(const float *scores, int64_t rows, int64_t n, int64_t k, const float *scale, int16_t *index,
                       float *weights) {
     for (int64_t r = 0; r < rows; r++) {
         const float *row = scores + r * n;
-        int64_t *chosen = index + r * k, held = 0;
+        int16_t *chosen = index + r * k;
+        int64_t held = 0;
         for (int64_t e = 0; e < n; e++) {
             int64_t place = held;
             for (; place > 0; place--) {
@@ -176,7 +200,7 @@ int splitinfer_choose(const float *scores, int64_t rows, int64_t n, int64_t k, c
             if (place == k) continue;
             if (held < k) held++;
             for (int64_t i = held - 1; i > place; i--) chosen[i] = chosen[i - 1];
-            chosen[place] = e;
+            chosen[place] = (int16_t)e;
         }
         float sum = 0.0f, *w = weights + r * k;
         for (int64_t i = 0; i < k; i++) sum += w[i] = expf(row[chosen[i]] - row[chosen[0]]);

@@ -94,7 +94,7 @@ INLINE void gated_row(const float *gate, int64_t n, float *to) {
 }
 
 /* See rows.c. */
-int splitinfer_choose(const float *scores, int64_t rows, int64_t n, int64_t k, const float *scale, int64_t *index,
+int splitinfer_choose(const float *scores, int64_t rows, int64_t n, int64_t k, const float *scale, int16_t *index,
                       float *weights);
 
 #endif

@@ -80,7 +80,7 @@ static void attention_out_work(void *given, Member *member) {
 int splitinfer_attention_out(const Matrix *output, const Matrix *router, const void *attended, const void *x,
                              int bfloat16, int64_t rows, const float *weight, float eps, const float *first,
                              const float *second, const float *third, void *sum, void *first_out,
-                             void *second_out, int64_t chosen, const float *expert_scale, int64_t *index,
+                             void *second_out, int64_t chosen, const float *expert_scale, int16_t *index,
                              float *weights, int threads) {
     const int64_t k = output->k, n = output->n;
     const Matrix *next = router ? router : output;
