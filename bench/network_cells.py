@@ -22,6 +22,7 @@ from splitinfer import AsyncEngine, Completion
 from splitinfer.dispatch import RemoteExperts
 from splitinfer.generation import Usage
 from splitinfer.model.config import ModelConfig, load_config
+from splitinfer.model.experts import Where
 from splitinfer.model.weights import Checkpoint
 from splitinfer.node import ECHO_CALL
 from splitinfer.transport import ClientConfig, connect
@@ -115,6 +116,9 @@ class Late:
 
     def __init__(self, experts: Any) -> None:
         self.experts = experts
+
+    def where(self, layer: int) -> Where:
+        return "here"
 
     def dispatch(self, *arguments: Any) -> Awaitable[torch.Tensor]:
         return _Asked(lambda: self.experts.dispatch(*arguments))

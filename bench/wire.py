@@ -35,6 +35,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from splitinfer import transport
+from splitinfer.model.experts import Where
 from splitinfer.transport.compression import LZ4, LZ4_PLANES, compress, decompress
 from splitinfer.transport.link import LinkSpec
 from splitinfer.transport.wire_dtypes import WIRE_DTYPES, narrow, narrows, widen
@@ -138,6 +139,10 @@ class RoundedExperts:
 
     def __init__(self, inner: Any, wire: str | None, seen: list[torch.Tensor]) -> None:
         self._inner, self._wire, self._seen = inner, wire, seen
+
+    def where(self, layer: int) -> Where:
+        where: Where = self._inner.where(layer)
+        return where
 
     def dispatch(self, layer: int, x: torch.Tensor, *rest: Any, **more: Any) -> Awaitable[torch.Tensor]:
         if self._wire is None:

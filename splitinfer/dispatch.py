@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,9 @@ from splitinfer.errors import (
 )
 from splitinfer.exact_nodes import check_exact
 from splitinfer.fanout import Owner, Partial, Rows, Share, add_partials, divide, divide_by
+from splitinfer.in_flight import ExpertCall, Pending
 from splitinfer.lost_nodes import gone, late, naming, still_holds
+from splitinfer.model.experts import Where
 from splitinfer.placement import Columns, Holding, Placement
 from splitinfer.timing import Timeline
 
@@ -52,42 +53,6 @@ class NodeInfo:
 
     def __str__(self) -> str:
         return f"{self.address}: {self.holding}"
-
-
-@dataclass(slots=True)
-class _Call:
-    """One call in flight: what was asked, the dtype it answers in, the answer, and when both were there."""
-
-    share: Share
-    out: str
-    answer: asyncio.Future[transport.Reply]
-    sent: float
-    answered: float = 0.0
-
-    def note_time(self, _: object) -> None:
-        self.answered = perf_counter()
-
-    def give_up(self) -> None:
-        """Nobody waits for the answer any more. One that has failed already is not worth a word either."""
-        if not self.answer.cancel() and not self.answer.cancelled():
-            self.answer.exception()
-
-
-class _Pending:
-    """What `dispatch` returns: awaiting it adds the partial sums, cancelling it gives the calls up."""
-
-    __slots__ = ("_calls", "_combine")
-
-    def __init__(self, calls: list[_Call], combine: Callable[[], Coroutine[Any, Any, Tensor]]) -> None:
-        self._calls = calls
-        self._combine = combine
-
-    def __await__(self) -> Generator[Any, None, Tensor]:
-        return self._combine().__await__()
-
-    def cancel(self) -> None:
-        for call in self._calls:
-            call.give_up()
 
 
 class RemoteExperts:
@@ -114,6 +79,8 @@ class RemoteExperts:
         self._avoided: frozenset[int] = frozenset()
         self._avoided_until = 0.0
         self._looking: set[asyncio.Future[float]] = set()
+        near = any(transport.Address.parse(address).is_local for address in placement.addresses)
+        self._where: Where = "near" if near else "away"
         self.compute_seconds = 0.0  # the nodes' own account of their arithmetic, the slowest of each layer
         self._avoid(frozenset())
 
@@ -173,6 +140,10 @@ class RemoteExperts:
             task.cancel()
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
+    async def ping(self) -> float:
+        """Seconds of an empty message to the first node and back. Raises what `Channel.ping` raises."""
+        return await self._channels[0].ping()
+
     def traffic(self) -> tuple[int, int, int]:
         """(bytes sent, bytes received, calls) since the connections opened, headers included."""
         stats = [channel.stats for channel in self._channels]
@@ -181,6 +152,9 @@ class RemoteExperts:
             sum(s.received_nbytes for s in stats),
             sum(s.calls for s in stats),
         )
+
+    def where(self, layer: int) -> Where:
+        return self._where
 
     def dispatch(
         self,
@@ -217,7 +191,7 @@ class RemoteExperts:
             if timeline.spans is not None:
                 for call in calls:
                     call.answer.add_done_callback(call.note_time)
-        return _Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline))
+        return Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline))
 
     @property
     def _wide(self) -> str:
@@ -274,7 +248,7 @@ class RemoteExperts:
         if not task.cancelled():
             task.exception()  # still away: no news
 
-    def _send(self, layer: int, shares: list[Share], out: str, deadline: float) -> list[_Call]:
+    def _send(self, layer: int, shares: list[Share], out: str, deadline: float) -> list[ExpertCall]:
         """One call for each share, to be answered in dtype `out`."""
         calls = []
         now = perf_counter()
@@ -285,14 +259,14 @@ class RemoteExperts:
             except Overloaded as error:  # it drains: known before anything was sent
                 answer = asyncio.get_running_loop().create_future()
                 answer.set_exception(error)
-            calls.append(_Call(share, out, answer, now))
+            calls.append(ExpertCall(share, out, answer, now))
         return calls
 
     async def _combine(
         self,
         layer: int,
         wire: Rows,
-        calls: list[_Call],
+        calls: list[ExpertCall],
         deadline: float,
         timeline: Timeline | None,
     ) -> Tensor:
@@ -302,8 +276,10 @@ class RemoteExperts:
         compute = 0.0
         try:
             while calls:
-                lost: list[tuple[_Call, LinkError | Overloaded]] = []
+                lost: list[tuple[ExpertCall, LinkError | Overloaded]] = []
                 for call in calls:
+                    if not call.answer.done():
+                        self._channels[call.share.node].look()
                     try:
                         reply = await call.answer
                     except DeadlineExceeded as error:
@@ -335,17 +311,17 @@ class RemoteExperts:
             timeline.add("combine", layer, end, perf_counter())
         return total
 
-    def _asked(self, call: _Call) -> tuple[str, set[int]]:
+    def _asked(self, call: ExpertCall) -> tuple[str, set[int]]:
         """The node's address, and the experts that it was asked for."""
         return self.placement.addresses[call.share.node], set(call.share.experts.ravel().tolist()) - {-1}
 
-    def _silent(self, call: _Call, layer: int) -> DeadlineExceeded | PlacementError:
+    def _silent(self, call: ExpertCall, layer: int) -> DeadlineExceeded | PlacementError:
         address, experts = self._asked(call)
         if not self._channels[call.share.node].connected:
             return gone(address, experts, layer)
         return late(address, layer, self._timeout)
 
-    def _partial(self, call: _Call, reply: transport.Reply) -> Partial:
+    def _partial(self, call: ExpertCall, reply: transport.Reply) -> Partial:
         """The answer, checked against what was asked."""
         share, tensors = call.share, reply.tensors
         expected = tuple(share.tensors[0].shape)  # as x
@@ -360,8 +336,8 @@ class RemoteExperts:
         )
 
     async def _again(
-        self, layer: int, wire: Rows, lost: list[tuple[_Call, LinkError | Overloaded]], deadline: float
-    ) -> list[_Call]:
+        self, layer: int, wire: Rows, lost: list[tuple[ExpertCall, LinkError | Overloaded]], deadline: float
+    ) -> list[ExpertCall]:
         """Send what the link lost once more: to replicas where there are some, else to the same node.
 
         Raises `PlacementError` when nobody has answered by the deadline, with the link's error as its cause.

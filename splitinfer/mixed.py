@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from splitinfer.errors import UsageError
-from splitinfer.model.experts import ExpertBank, Experts, LocalExperts
+from splitinfer.model.experts import ExpertBank, Experts, LocalExperts, Where
 from splitinfer.model.footprint import Sizes
 from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.weights import Checkpoint
@@ -26,6 +26,9 @@ class MixedExperts:
         self._layers = frozenset(layers)
         self.remote = remote
 
+    def where(self, layer: int) -> Where:
+        return self._of(layer).where(layer)
+
     def dispatch(
         self,
         layer: int,
@@ -34,8 +37,10 @@ class MixedExperts:
         top_k_weights: Tensor,
         timeline: Timeline | None = None,
     ) -> Awaitable[Tensor]:
-        experts = self._local if layer in self._layers else self.remote
-        return experts.dispatch(layer, x, top_k_index, top_k_weights, timeline)
+        return self._of(layer).dispatch(layer, x, top_k_index, top_k_weights, timeline)
+
+    def _of(self, layer: int) -> Experts:
+        return self._local if layer in self._layers else self.remote
 
 
 def local_layers(

@@ -18,6 +18,7 @@ from splitinfer.model.front import Front
 from splitinfer.model.gemma import Segment
 from splitinfer.timing import Timeline
 from tests.checkpoints import write_checkpoint
+from tests.patience import until
 from tests.test_split import addresses, running
 
 PROMPTS = [[2, *range(5, 5 + length)] for length in (3, 60, 9, 30, 1, 17, 25, 40)]
@@ -183,11 +184,12 @@ def test_sequences_have_the_tokens_they_would_have_alone(checkpoint: Path, draft
         ):
             alone = [await engine.generate(p, **o) for p, o in zip(PROMPTS, options, strict=True)]
 
+            before = engine.traffic()[2]
+
             async def later(number: int) -> Any:
-                await asyncio.sleep(0.01 * number)
+                await until(lambda: engine.traffic()[2] - before >= 16 * number)
                 return await engine.generate(PROMPTS[number], **options[number])
 
-            before = engine.traffic()[2]
             together = await asyncio.gather(*map(later, range(8)))
             return alone, together, engine.traffic()[2] - before
 

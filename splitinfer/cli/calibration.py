@@ -1,18 +1,20 @@
 """A few quantities from which every case of `bench --decode` is predicted: this machine's work by rows, calls
 by rows over one link, round trips of the others.
 
-The client's work is measured with experts that are not there: each layer waits a moment instead of calling,
-so that caches and cores are as idle as they are with a network in between. Calls are made one after the
-other, of random rows with random routing. No case of the table is run for it.
+The client's work is measured with experts that are not there: each layer waits for an empty message to come
+back instead of calling, or for a moment where there are no nodes, so that caches and cores are as idle as
+they are with a network in between. Calls are made one after the other, of random rows with random routing. No
+case of the table is run for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
@@ -28,13 +30,13 @@ if TYPE_CHECKING:
     from splitinfer.engine import AsyncEngine
     from splitinfer.model.cache import KVCache
     from splitinfer.model.config import ModelConfig
-    from splitinfer.model.experts import ExpertBank
+    from splitinfer.model.experts import ExpertBank, Where
 
 __all__ = ["ROWS", "Effort", "calibrate_calls", "calibrate_client", "calibrate_drafter"]
 
 ROWS = (1, 2, 4, 8)
 GROUP = 4  # sequences in a step of several: half of the table's streams
-PAUSE = 0.001  # seconds that a layer waits where a call would be
+PAUSE = 0.001  # seconds that a layer waits where a call would be, without nodes
 BETWEEN_CALLS = 0.0003  # seconds of the client's own work between two calls, about
 CONTEXT = 96  # tokens before the rows that are measured
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 0, "ignore_eos": True}
@@ -57,13 +59,17 @@ class Effort:
 
 
 class _Absent:
-    """Experts that are not there: a pause in place of a call. The rows themselves are the answer.
+    """Experts that are not there: an empty message in place of a call. The rows themselves are the answer.
 
     `bank` is asked for every layer's rows beside, to time what a layer costs that is kept here.
     """
 
-    def __init__(self, bank: ExpertBank | None = None) -> None:
+    def __init__(self, pause: Callable[[], Awaitable[object]], bank: ExpertBank | None = None) -> None:
+        self.pause = pause
         self.bank = bank
+
+    def where(self, layer: int) -> Where:
+        return "here"  # so that the dense network is timed on its own
 
     def dispatch(
         self,
@@ -82,7 +88,7 @@ class _Absent:
 
     async def _wait(self, layer: int, x: Tensor, timeline: Timeline | None) -> Tensor:
         start = perf_counter()
-        await asyncio.sleep(PAUSE)
+        await self.pause()
         if timeline is not None:
             timeline.add("network", layer, start, perf_counter())
         return x
@@ -90,8 +96,12 @@ class _Absent:
 
 @contextmanager
 def _without_experts(engine: AsyncEngine, bank: ExpertBank | None = None) -> Iterator[_Absent]:
-    model, absent = engine.model, _Absent(bank)
-    there, model.experts = model.experts, absent
+    from splitinfer.dispatch import RemoteExperts
+
+    model = engine.model
+    there = model.experts
+    pause = there.ping if isinstance(there, RemoteExperts) else partial(asyncio.sleep, PAUSE)
+    model.experts = absent = _Absent(pause, bank)
     try:
         yield absent
     finally:
@@ -114,6 +124,7 @@ async def calibrate_calls(
         for number in range(-effort.warm_up(effort.calls), effort.calls):
             _work_for(BETWEEN_CALLS)
             index = torch.rand(rows, config.num_experts, generator=generator).topk(config.top_k_experts)[1]
+            index = index.to(torch.int16)
             timeline = Timeline()
             await experts.dispatch(layers[number % len(layers)], x, index, weights, timeline)
             if number >= 0:

@@ -26,6 +26,7 @@ from splitinfer.model.mapped import MappedFile
 from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import natural_format, quantize
 from splitinfer.model.row_kernels import row_ops
+from splitinfer.model.rows import Dense
 
 __all__ = ["ASSISTANT", "Assistant", "AssistantConfig", "KeysValues", "load_assistant_config"]
 
@@ -167,10 +168,9 @@ class _Layer:
         self.query = weights.linear((f"{prefix}self_attn.q_proj", size, hidden))
         self.query_norm = weights.scale(f"{prefix}self_attn.q_norm", head_dim).repeat(heads, 1)
         self.output = weights.linear((f"{prefix}self_attn.o_proj", hidden, size))
-        self.gate_up = weights.linear(
-            (f"{prefix}mlp.gate_proj", inter, hidden), (f"{prefix}mlp.up_proj", inter, hidden)
-        )
-        self.down = weights.linear((f"{prefix}mlp.down_proj", hidden, inter))
+        gate, up = (f"{prefix}mlp.gate_proj", inter, hidden), (f"{prefix}mlp.up_proj", inter, hidden)
+        down = weights.linear((f"{prefix}mlp.down_proj", hidden, inter))
+        self.mlp = Dense(weights.linear(gate, up), down, None, self.eps)
         names = ("input", "post_attention", "pre_feedforward", "post_feedforward")
         self.norms = [weights.scale(f"{prefix}{name}_layernorm", hidden) for name in names]
         self.scalar = float(weights(f"{prefix}layer_scalar", 1))
@@ -184,11 +184,11 @@ class _Layer:
             attended = self.kernels.attend(queries, keys, values, window=None)
         else:
             attended = attend(queries, Held(keys, values), [Block(0, 1, 0, keys.shape[1], None)])
-        x, mlp, _, _ = self.ops.attention_out(
+        x, dense, *_ = self.ops.attention_out(
             attended, self.output, x, after, self.eps, before_mlp, None, None
         )
-        mlp = self.ops.mlp(mlp, self.gate_up, self.down, None, self.eps)
-        return self.ops.combine(x, mlp, None, None, after_mlp, self.eps, self.scalar)
+        dense = self.ops.mlp(dense, self.mlp)
+        return self.ops.combine(x, dense, None, None, after_mlp, self.eps, self.scalar)
 
 
 class _Weights:

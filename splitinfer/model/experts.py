@@ -6,7 +6,7 @@ Shape letters: H hidden_size, I moe_intermediate_size, K top_k_experts.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Generator, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +24,21 @@ from splitinfer.model.quantize import Packed, format_of
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
-__all__ = ["ExpertBank", "Experts", "LocalExperts", "expert_ids"]
+__all__ = ["ExpertBank", "Experts", "LocalExperts", "Where", "expert_ids"]
 
 T = TypeVar("T")
 
 
+Where: TypeAlias = Literal["here", "near", "away"]
+
+
 class Experts(Protocol):
     """What the model asks of its experts, wherever they are."""
+
+    def where(self, layer: int) -> Where:
+        """Where a layer's experts compute: "here" within `dispatch`, "near" in another process of this
+        machine, or "away". Unless they are here, other work may begin before `dispatch`."""
+        ...
 
     def dispatch(
         self,
@@ -229,6 +237,9 @@ class LocalExperts:
     def __init__(self, bank: ExpertBank, *, exact: bool = False) -> None:
         self.bank = bank
         self._exact = exact
+
+    def where(self, layer: int) -> Where:
+        return "here"
 
     def dispatch(
         self,

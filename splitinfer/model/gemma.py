@@ -14,7 +14,7 @@ from torch import Tensor
 from splitinfer.errors import UsageError
 from splitinfer.model.attention import plan_blocks, rotary_frequencies, rotation
 from splitinfer.model.cache import KVCache
-from splitinfer.model.compute import compute
+from splitinfer.model.compute import compute, run, runs_inline
 from splitinfer.model.experts import Experts
 from splitinfer.model.front import Front
 from splitinfer.model.layers import DecoderLayer, Part, Step, Weights
@@ -101,7 +101,12 @@ class Gemma:
         """Bytes of the matrices that every token's pass and logits read: all but experts and embeddings."""
         linears = [self._head]
         for layer in self._layers:
-            linears += [layer.attention.projections, layer.attention.output, layer.gate_up, layer.down]
+            linears += [
+                layer.attention.projections,
+                layer.attention.output,
+                layer.mlp.gate_up,
+                layer.mlp.down,
+            ]
             if layer.routing is not None:
                 linears.append(layer.routing.proj)
         return sum(linear.nbytes for linear in linears)
@@ -159,13 +164,24 @@ class Gemma:
             x = await compute(rows, layer.without_experts, x, step)
             step.leave(layer.index)
             return x
-        to = await compute(rows, layer.route, x, step)
+        if runs_inline(rows, layer.route):
+            to = run(layer.route, x, step, self.experts.where(layer.index))
+        else:
+            to = await compute(rows, layer.route, x, step)
         assert to.expert_input is not None
         assert to.chosen is not None
         step.leave(layer.index)
-        routed = self.experts.dispatch(layer.index, to.expert_input, *to.chosen, step.timeline)
         try:
-            dense = await compute(rows, layer.dense, to.dense_input, step)
+            routed = self.experts.dispatch(layer.index, to.expert_input, *to.chosen, step.timeline)
+        except BaseException:
+            if to.dense is not None:
+                layer.end_dense(to.dense, step)
+            raise
+        try:
+            if to.dense is not None:
+                dense = layer.end_dense(to.dense, step)
+            else:
+                dense = await compute(rows, layer.dense, to.dense_input, step)
         except BaseException:
             cancel = getattr(routed, "cancel", None)
             if cancel is not None:

@@ -20,12 +20,13 @@ from torch import Tensor
 from splitinfer.model.attention import Block, Rotation, attend
 from splitinfer.model.cache import KVCache
 from splitinfer.model.config import ModelConfig
+from splitinfer.model.experts import Where
 from splitinfer.model.front import Front
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import Packed, QuantConfig, format_of, natural_format, quantize
 from splitinfer.model.row_kernels import row_ops
-from splitinfer.model.rows import Routing
+from splitinfer.model.rows import Begun, Dense, Routing
 from splitinfer.model.staging import Staging
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
@@ -35,12 +36,14 @@ __all__ = ["Attention", "DecoderLayer", "Part", "Routed", "Step", "Weights"]
 
 class Routed(NamedTuple):
     """What the router hands on: the residual and both branches' inputs [rows, H], and the choice: index and
-    weights [rows, K]. The last two are None in a model without experts."""
+    weights [rows, K]. These two are None in a model without experts. `dense` is that branch, where it has
+    begun."""
 
     residual: Tensor
     dense_input: Tensor
     expert_input: Tensor | None
     chosen: tuple[Tensor, Tensor] | None
+    dense: Begun | None = None
 
 
 class Part(NamedTuple):
@@ -175,19 +178,17 @@ class DecoderLayer:
         self.index = layer
         self.eps = config.rms_norm_eps
         self.attention = Attention(weights, config, layer)
-        self.gate_up = weights.linear(weights.quant.dense, "mlp.gate_proj", "mlp.up_proj")
-        self.down = weights.linear(weights.quant.dense, "mlp.down_proj")
         self.ops = row_ops(weights.device, weights.dtype)
         self.post_attention_scale = weights.scale("post_attention_layernorm")
         self.post_feedforward_scale = weights.scale("post_feedforward_layernorm")
         self.scalar = float(weights.plain("layer_scalar", torch.float32)) if config.layer_scalars else 1.0
         self.dense_scale = weights.scale("pre_feedforward_layernorm")
-        self.dense_out_scale: Tensor | None = None
+        dense_out_scale: Tensor | None = None
         self.expert_scale: Tensor | None = None
         self.expert_out_scale: Tensor | None = None
         self.routing: Routing | None = None
         if config.enable_moe_block:
-            self.dense_out_scale = weights.scale("post_feedforward_layernorm_1")
+            dense_out_scale = weights.scale("post_feedforward_layernorm_1")
             self.expert_scale = weights.scale("pre_feedforward_layernorm_2")
             self.expert_out_scale = weights.scale("post_feedforward_layernorm_2")
             self.routing = Routing(
@@ -196,15 +197,22 @@ class DecoderLayer:
                 config.top_k_experts,
                 weights.plain("router.per_expert_scale", torch.float32),
             )
+        self.mlp = Dense(
+            weights.linear(weights.quant.dense, "mlp.gate_proj", "mlp.up_proj"),
+            weights.linear(weights.quant.dense, "mlp.down_proj"),
+            dense_out_scale,
+            self.eps,
+        )
 
-    def route(self, x: Tensor, step: Step) -> Routed:
+    def route(self, x: Tensor, step: Step, beside: Where = "here") -> Routed:
         """Attention, the choice of experts, and the inputs of both branches.
 
-        The reference has three norms here that differ only in their weights.
+        With experts elsewhere the dense branch begins where it can: then `end_dense` has to follow, whatever
+        happens, on the same thread. The reference has three norms here that differ only in their weights.
         """
         start = perf_counter()
         attended = self.attention(x, step)
-        x, dense_input, expert_input, chosen = self.ops.attention_out(
+        x, dense_input, expert_input, chosen, begun = self.ops.attention_out(
             attended,
             self.attention.output,
             x,
@@ -213,16 +221,25 @@ class DecoderLayer:
             self.dense_scale,
             self.expert_scale,
             self.routing,
+            None if beside == "here" else self.mlp,
+            beside == "near",
         )
         if expert_input is not None and chosen is not None:
             expert_input, *choice = step.staging.to_host(expert_input, *chosen)
             chosen = choice[0], choice[1]
         step.record("attention", self.index, start)
-        return Routed(x, dense_input, expert_input, chosen)
+        return Routed(x, dense_input, expert_input, chosen, begun)
 
     def dense(self, x: Tensor, step: Step) -> Tensor:
         start = perf_counter()
-        x = self.ops.mlp(x, self.gate_up, self.down, self.dense_out_scale, self.eps)
+        x = self.ops.mlp(x, self.mlp)
+        step.record("dense", self.index, start)
+        return x
+
+    def end_dense(self, begun: Begun, step: Step) -> Tensor:
+        """`dense`, which has begun: the rest of it."""
+        start = perf_counter()
+        x = self.ops.end_mlp(begun)
         step.record("dense", self.index, start)
         return x
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, is_bfloat16, kernels, no_memory
-from splitinfer.model.rows import Routing, TorchRows
+from splitinfer.model.rows import Begun, Dense, Routing, TorchRows
 
 __all__ = ["RowKernels", "row_kernels", "row_ops"]
 
@@ -47,11 +47,11 @@ class RowKernels(TorchRows):
         )  # fmt: skip
         self._attention_out = bind(
             "attention_out", *[pointer] * 4, integer, size, pointer, real, *[pointer] * 6, size,
-            *[pointer] * 3, integer,
+            *[pointer] * 5, integer, pointer, integer,
         )  # fmt: skip
-        self._mlp = bind(
-            "mlp", pointer, integer, pointer, pointer, size, pointer, real, pointer, integer, integer
-        )
+        self._mlp = bind("mlp", pointer, pointer, size, pointer, integer, integer)
+        self._mlp_end = bind("mlp_end", pointer)
+        self._mlp_end.restype = None
 
     def norm(self, x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
         """RMS norm [rows, n] times `weight` [n] float32, with one rounding."""
@@ -206,7 +206,9 @@ class RowKernels(TorchRows):
         first: Tensor,
         second: Tensor | None,
         routing: Routing | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        beside: Dense | None = None,
+        gives_way: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Begun | None]:
         if not output.fuses or (routing is not None and not routing.proj.fuses):
             return super().attention_out(attended, output, x, weight, eps, first, second, routing)
         x, attended = x.contiguous(), attended.contiguous()
@@ -219,30 +221,59 @@ class RowKernels(TorchRows):
             router, scale, third = routing.proj.matrices, routing.per_expert_scale, routing.scale
             k = routing.top_k
             index, weights = torch.empty((rows, k), dtype=torch.int16), torch.empty((rows, k))
+        network = None if beside is None or not beside.fuses else _struct_of(beside)
+        dense = None if network is None else torch.empty_like(x)
+        handle = ctypes.c_void_p()
         _done(
             self._attention_out(
                 ctypes.addressof(output.matrices), None if router is None else ctypes.addressof(router),
                 attended.data_ptr(), x.data_ptr(), _same(x, attended), rows, weight.data_ptr(), eps,
                 first.data_ptr(), _pointer(second), _pointer(third), total.data_ptr(), one.data_ptr(),
-                _pointer(two), k, _pointer(scale), _pointer(index), _pointer(weights),
-                torch.get_num_threads(),
+                _pointer(two), k, _pointer(scale), _pointer(index), _pointer(weights), network,
+                _pointer(dense), gives_way, ctypes.addressof(handle), torch.get_num_threads(),
             )
         )  # fmt: skip
-        return total, one, two, None if index is None or weights is None else (index, weights)
+        begun = None if dense is None or handle.value is None else Begun(handle.value, one, dense)
+        return total, one, two, None if index is None or weights is None else (index, weights), begun
 
-    def mlp(self, x: Tensor, gate_up: Linear, down: Linear, norm: Tensor | None, eps: float) -> Tensor:
-        if not gate_up.fuses or not down.fuses:
-            return super().mlp(x, gate_up, down, norm, eps)
+    def mlp(self, x: Tensor, dense: Dense) -> Tensor:
+        if not dense.fuses:
+            return super().mlp(x, dense)
         x = x.contiguous()
-        out = torch.empty((x.shape[0], down.out_features), dtype=x.dtype)
+        out = torch.empty((x.shape[0], dense.down.out_features), dtype=x.dtype)
         _done(
             self._mlp(
-                ctypes.addressof(gate_up.matrices), len(gate_up.matrices), ctypes.addressof(down.matrices),
-                x.data_ptr(), x.shape[0], _pointer(norm), eps, out.data_ptr(), is_bfloat16(x),
+                _struct_of(dense), x.data_ptr(), x.shape[0], out.data_ptr(), is_bfloat16(x),
                 torch.get_num_threads(),
             )
         )  # fmt: skip
         return out
+
+    def end_mlp(self, begun: Begun) -> Tensor:
+        self._mlp_end(begun.handle)
+        return begun.out
+
+
+class _Mlp(ctypes.Structure):
+    """`Mlp` of mlp.h."""
+
+    _fields_ = (
+        ("gate_up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("norm", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+    )
+
+
+def _struct_of(dense: Dense) -> int:
+    """Its address."""
+    if dense.struct is None:
+        matrices, down = dense.gate_up.matrices, dense.down.matrices
+        dense.struct = _Mlp(
+            ctypes.addressof(matrices), ctypes.addressof(down), len(matrices), _pointer(dense.norm), dense.eps
+        )
+    return ctypes.addressof(dense.struct)
 
 
 def _pointer(x: Tensor | None) -> int | None:

@@ -6,7 +6,7 @@ heads, V key/value heads, D head_dim, E experts, K top_k_experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitinfer.model.linear import Linear
 
-__all__ = ["Routing", "TorchRows"]
+__all__ = ["Begun", "Dense", "Routing", "TorchRows"]
 
 
 class Routing(NamedTuple):
@@ -24,6 +24,29 @@ class Routing(NamedTuple):
     proj: Linear
     top_k: int
     per_expert_scale: Tensor
+
+
+class Dense:
+    """The feed-forward network of every row: down(gelu(gate) * up), and the norm of that times `norm` [H], if
+    given. `struct` is the kernels' view of it, made when first used."""
+
+    __slots__ = ("down", "eps", "fuses", "gate_up", "norm", "struct")
+
+    def __init__(self, gate_up: Linear, down: Linear, norm: Tensor | None, eps: float) -> None:
+        self.gate_up = gate_up
+        self.down = down
+        self.norm = norm
+        self.eps = eps
+        self.fuses = gate_up.fuses and down.fuses
+        self.struct: Any = None
+
+
+class Begun(NamedTuple):
+    """A dense network under way: the kernels' handle of it, and the memory that they read and write."""
+
+    handle: int
+    x: Tensor
+    out: Tensor
 
 
 class TorchRows:
@@ -125,16 +148,27 @@ class TorchRows:
         first: Tensor,
         second: Tensor | None,
         routing: Routing | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """`residual` of x and `output` of `attended`; then index and weights [rows, K] of the experts."""
+        beside: Dense | None = None,
+        gives_way: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Begun | None]:
+        """`residual` of x and `output` of `attended`; then index and weights [rows, K] of the experts.
+
+        The kernels' other threads begin with `beside`, on the second result; `end_mlp` joins them, on this
+        thread. It `gives_way` to other processes where one of them is a node.
+        """
         scale = None if routing is None else routing.scale
         total, one, two, normed = self.residual(x, output(attended), weight, eps, first, second, scale)
         if routing is None:
-            return total, one, two, None
+            return total, one, two, None, None
         # In float32 throughout: a rounding here would choose another expert.
-        return total, one, two, self.choose(routing.proj(normed), routing.top_k, routing.per_expert_scale)
+        choice = self.choose(routing.proj(normed), routing.top_k, routing.per_expert_scale)
+        return total, one, two, choice, None
 
-    def mlp(self, x: Tensor, gate_up: Linear, down: Linear, norm: Tensor | None, eps: float) -> Tensor:
-        """The gated feed-forward network of x [rows, H], and the norm of that, if `norm` has its weights."""
-        out = down(self.gated(gate_up(x, torch.float32)), x.dtype)
-        return out if norm is None else self.norm(out, norm, eps, x.dtype)
+    def mlp(self, x: Tensor, dense: Dense) -> Tensor:
+        """The dense network of x [rows, H]."""
+        out = dense.down(self.gated(dense.gate_up(x, torch.float32)), x.dtype)
+        return out if dense.norm is None else self.norm(out, dense.norm, dense.eps, x.dtype)
+
+    def end_mlp(self, begun: Begun) -> Tensor:
+        """The result of what `attention_out` has begun."""
+        raise NotImplementedError

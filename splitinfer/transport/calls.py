@@ -21,6 +21,7 @@ class CallOwner(Protocol):
     """What a call asks of the session on which it was made."""
 
     connection: Connection
+    looking: bool  # a task is reading: none may be entered from within it
 
     def forget(self, call: AnyCall) -> None:
         """Nobody waits for this call any more."""
@@ -73,6 +74,8 @@ class SingleCall(asyncio.Future[Reply]):
 
     def answer(self, reply: Reply) -> None:
         """The one answer has come. A call that is done already is not in flight: `forget` saw to that."""
+        if self.session is not None and self.session.looking:
+            self._share()
         self.set_result(reply)
         if self._alone is not None:
             (wake, context), self._alone = self._alone, None

@@ -94,6 +94,14 @@ class Channel:
             task.add_done_callback(self._waiting.discard)
         return call
 
+    def look(self) -> None:
+        """Take answers that have come already; before a wait, for whoever had other work since `start`.
+
+        Saves a turn of the event loop where the answer is there, and costs a microsecond or two where not.
+        """
+        if self._session is not None:
+            self._session.look()
+
     async def call(
         self,
         method: str,

@@ -72,6 +72,7 @@ class Session:
         self._deadlines = Deadlines(loop, self._sweep)
         self._pings: dict[int, tuple[float, asyncio.Future[float]]] = {}
         self._last_ping = 0
+        self.looking = False
 
     @classmethod
     async def open(
@@ -157,6 +158,14 @@ class Session:
         call.deadline = deadline = monotonic() + timeout
         if deadline < self._deadlines.at:
             self._deadlines.watch(deadline)
+
+    def look(self) -> None:
+        """See whether answers have come."""
+        self.looking = True
+        try:
+            self.link.look()
+        finally:
+            self.looking = False
 
     def forget(self, call: AnyCall) -> None:
         """Nobody waits for this call any more: tell the server, unless it has answered."""

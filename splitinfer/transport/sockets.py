@@ -34,6 +34,7 @@ __all__ = ["Link", "Owner"]
 # Written at one go; a kernel that takes on and on must not keep the loop from everything else.
 _WRITE_NBYTES: Final = CHUNK_NBYTES
 _READS_PER_EVENT: Final = 4  # then the other connections have their turn
+_LOOKS_PER_TURN: Final = 4
 _MAX_PIECES: Final = 512  # the kernel takes 1024 at once (IOV_MAX)
 
 
@@ -83,12 +84,26 @@ class Link:
         self._buffer = connection.buffer()  # where the next bytes go
         self._writing = self._paused = False
         self._pauses = connection.role == "server"
+        self._untold = 0  # messages that were read and are still to be passed on
+        self._looks = 0  # since the loop's last turn
         self._idle: asyncio.Future[None] | None = None
-        loop.add_reader(self._fd, self._readable)
+        loop.add_reader(self._fd, self._event)
         self._timer = loop.call_later(TICK_SECONDS, self._tick)
         if tls is not None:
             loop.call_soon(self._read_rest)
         self.flush()
+
+    def look(self) -> None:
+        """Read what has come already, without waiting for the loop to tell of it.
+
+        Not while messages read before are still to be passed on, nor time and again without a turn of the
+        loop, which has others to serve.
+        """
+        if self._untold or self._looks >= _LOOKS_PER_TURN:
+            return
+        self._looks += 1
+        self._buffer = self._inbox.buffer()
+        self._read_rest()
 
     def flush(self) -> None:
         """Hand what waits to the kernel, as far as it takes it; the rest goes when it can."""
@@ -145,8 +160,12 @@ class Link:
         """The client takes its answers again."""
         if self._paused and not self.closed:
             self._paused = False
-            self._loop.add_reader(self._fd, self._readable)
+            self._loop.add_reader(self._fd, self._event)
             self._loop.call_soon(self._read_rest)
+
+    def _event(self) -> None:
+        self._looks = 0
+        self._readable()
 
     def _readable(self) -> None:
         """Read, pass on what is whole, send what that gave; again while the buffer came back full."""
@@ -159,7 +178,10 @@ class Link:
                 if not nbytes:
                     self.abort(connection.eof())
                     return
-                for message in inbox.received(nbytes):
+                messages = inbox.received(nbytes)
+                self._untold = len(messages)
+                for message in messages:
+                    self._untold -= 1
                     self._on_message(message)
                     if self.closed:
                         return

@@ -194,6 +194,9 @@ class Failing:
     def __init__(self, experts: Any, layer: int) -> None:
         self.experts, self.layer = experts, layer
 
+    def where(self, layer: int) -> str:
+        return "away"  # so that the dense network has begun
+
     def dispatch(self, layer: int, *args: Any) -> Any:
         if layer == self.layer:
             raise ConnectionError("gone")

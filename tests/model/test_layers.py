@@ -26,7 +26,7 @@ def test_each_part_takes_its_own_format_and_the_router_none(checkpoint: Checkpoi
     """A rounded router would choose other experts."""
     layer = layer_of(checkpoint, 0, QuantConfig("int4", attention="int8", dense="int4"))
     assert {part.format for part in layer.attention.projections.parts} == {"int8"}
-    assert {part.format for part in layer.gate_up.parts + layer.down.parts} == {"int4"}
+    assert {part.format for part in layer.mlp.gate_up.parts + layer.mlp.down.parts} == {"int4"}
     assert layer.routing is not None
     assert [part.format for part in layer.routing.proj.parts] == ["float32"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from splitinfer.errors import ConnectionLost
-from splitinfer.model.experts import ExpertBank, LocalExperts
+from splitinfer.model.experts import ExpertBank, LocalExperts, Where
 from splitinfer.model.gemma import Gemma, Segment
 from splitinfer.model.pipeline import prefill
 from splitinfer.model.weights import Checkpoint
@@ -32,6 +32,9 @@ class Distant:
         self.delay = delay
         self.lost = lost
         self.calls = self.under_way = self.most = 0
+
+    def where(self, layer: int) -> Where:
+        return "away"
 
     def dispatch(
         self, layer: int, x: Tensor, index: Tensor, weights: Tensor, timeline: Timeline | None = None

@@ -8,7 +8,7 @@ from splitinfer.model.linear import Linear
 from splitinfer.model.native import kernels
 from splitinfer.model.quantize import quantize
 from splitinfer.model.row_kernels import row_ops
-from splitinfer.model.rows import Routing, TorchRows
+from splitinfer.model.rows import Dense, Routing, TorchRows
 
 BUILT = kernels()
 needs_kernels = pytest.mark.skipif(BUILT is None, reason="the kernels could not be built here")
@@ -164,8 +164,8 @@ def test_stretches_of_a_layer(
         strict=True,
     ):
         torch.testing.assert_close(found, expected, **tolerance)
-    *sums, chosen = fast.attention_out(attended, output, x, a, EPS, b, c, routing)
-    *expected_sums, expected_chosen = slow.attention_out(attended, output, x, a, EPS, b, c, routing)
+    *sums, chosen, _ = fast.attention_out(attended, output, x, a, EPS, b, c, routing)
+    *expected_sums, expected_chosen, _ = slow.attention_out(attended, output, x, a, EPS, b, c, routing)
     for found, expected in zip(sums, expected_sums, strict=True):
         torch.testing.assert_close(found, expected, **tolerance)
     assert chosen is not None
@@ -173,9 +173,42 @@ def test_stretches_of_a_layer(
     if dtype == torch.float32:
         assert torch.equal(chosen[0], expected_chosen[0])
         torch.testing.assert_close(chosen[1], expected_chosen[1], atol=1e-4, rtol=1e-4)
-    assert fast.attention_out(attended, output, x, a, EPS, b, None, None)[2:] == (None, None)
+    assert fast.attention_out(attended, output, x, a, EPS, b, None, None)[2:] == (None, None, None)
     gate_up, down = linear(2 * 45, hidden, formats[0]), linear(hidden, 45, formats[1])
     for norm in (a, None):
-        torch.testing.assert_close(
-            fast.mlp(x, gate_up, down, norm, EPS), slow.mlp(x, gate_up, down, norm, EPS), **tolerance
-        )
+        dense = Dense(gate_up, down, norm, EPS)
+        whole = fast.mlp(x, dense)
+        torch.testing.assert_close(whole, slow.mlp(x, dense), **tolerance)
+        for gives_way in (False, True):
+            *_, choice, begun = fast.attention_out(
+                attended, output, x, a, EPS, b, c, routing, dense, gives_way
+            )
+            assert torch.equal(choice[0], chosen[0])
+            if not dense.fuses:
+                assert begun is None
+                continue
+            again = fast.mlp(x, dense)  # meanwhile the team is taken
+            assert torch.equal(again, whole)
+            assert torch.equal(fast.end_mlp(begun), fast.mlp(sums[1], dense))
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 4, 20])
+def test_a_dense_network_begun_beside_gives_the_same(rows: int, threads: int) -> None:
+    """Large enough for threads to share it."""
+    ops, before = row_ops(torch.device("cpu"), torch.float32), torch.get_num_threads()
+    hidden = 512
+    output, down = linear(hidden, 64, "int4"), linear(hidden, 512, "int8")
+    dense = Dense(linear(1024, hidden, "int8"), down, draw(hidden), EPS)
+    x, attended, scale = draw(rows, hidden), draw(rows, 64), draw(hidden)
+    torch.set_num_threads(threads)
+    try:
+        for gives_way in (False, True):
+            _, given, _, _, begun = ops.attention_out(
+                attended, output, x, scale, EPS, scale, None, None, dense, gives_way
+            )
+            assert begun is not None
+            assert torch.equal(ops.end_mlp(begun), ops.mlp(given, dense))
+    finally:
+        torch.set_num_threads(before)

@@ -33,6 +33,36 @@ def test_a_task_that_waits_alone_goes_on_at_once() -> None:
     asyncio.run(work())
 
 
+def test_a_task_that_looks_for_answers_does_not_enter_another() -> None:
+    async def work() -> None:
+        async def handler(call: transport.Call) -> transport.Reply:
+            return transport.Reply(meta=call.meta)
+
+        async with await transport.serve(handler, "127.0.0.1:0") as server:
+            channel = await transport.connect(server.address)
+            steps: list[str] = []
+            call = channel.start("m", (), {"name": "other"})
+
+            async def caller() -> None:
+                steps.append((await call).meta["name"])
+
+            task = asyncio.create_task(caller())
+            await asyncio.sleep(0)
+            assert channel._session is not None
+            channel._session.looking = True
+            asyncio.get_running_loop().call_soon(steps.append, "turn")
+            assert isinstance(call, SingleCall)
+            call.answer(transport.Reply(meta={"name": "other"}))
+            assert not steps
+            channel._session.looking = False
+            await task
+            assert steps == ["turn", "other"]
+            await channel.close()
+            channel.look()
+
+    asyncio.run(work())
+
+
 def test_others_who_wait_too_come_in_their_order() -> None:
     async def work() -> None:
         call = SingleCall(loop=asyncio.get_running_loop())

@@ -84,6 +84,86 @@ def test_two_links_talk() -> None:
     run(work())
 
 
+async def two_links() -> tuple[Link, Owner, Link]:
+    one, other = socket.socketpair()
+    client, mine = link("client", one)
+    server, _ = link("server", other)
+    await mine.until(lambda: client.connection.open)
+    mine.messages.clear()
+    return client, mine, server
+
+
+def ask(client: Link) -> None:
+    client.connection.request("m", [np.arange(3)], {}, 0)
+    client.flush()
+
+
+def test_looking_takes_what_is_there_without_a_turn_of_the_loop() -> None:
+    async def work() -> None:
+        client, mine, server = await two_links()
+        client.look()  # nothing there
+        ask(client)
+        server.look()
+        client.look()
+        assert [message.id for message in mine.messages] == [1]
+        close(client, server)
+        client.look()
+
+    run(work())
+
+
+def test_looking_is_limited_between_turns() -> None:
+    async def work() -> None:
+        client, mine, server = await two_links()
+        for _ in range(10):
+            ask(client)
+            server._looks = 0
+            server.look()
+            client.look()
+        assert 0 < len(mine.messages) < 10
+        await mine.until(lambda: len(mine.messages) == 10)
+        assert [message.id for message in mine.messages] == list(range(1, 11))
+        close(client, server)
+
+    run(work())
+
+
+def test_looking_from_within_a_message_does_not_overtake_those_behind_it() -> None:
+    async def work() -> None:
+        client, mine, server = await two_links()
+        told = mine.on_message
+
+        def on_message(message: Any) -> None:
+            told(message)
+            if message.id < 3:
+                ask(client)
+                server._looks = 0
+                server.look()
+                client.look()
+
+        client._on_message = on_message
+        ask(client)
+        ask(client)
+        server.look()
+        client.look()
+        await mine.until(lambda: len(mine.messages) == 4)
+        assert [message.id for message in mine.messages] == [1, 2, 3, 4]
+        close(client, server)
+
+    run(work())
+
+
+def test_looking_finds_the_end_too() -> None:
+    async def work() -> None:
+        client, mine, server = await two_links()
+        close(server)
+        client.look()
+        assert client.closed
+        assert len(mine.lost) == 1
+
+    run(work())
+
+
 def test_what_the_kernel_does_not_take_waits_and_then_goes() -> None:
     async def work() -> None:
         one, other = socket.socketpair()

@@ -56,8 +56,9 @@ SOURCES = (
     "attention.c",
     "rows.c",
     "stretches.c",
+    "mlp.c",
 )
-HEADERS = ("team.h", "vectors.h", "products.h", "widen.h", "rows.h")
+HEADERS = ("team.h", "vectors.h", "products.h", "widen.h", "rows.h", "mlp.h")
 # No contraction: the only fused operations are the written ones, so that every tile rounds alike.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-pthread", "-fPIC", "-shared")
 BUILD_TIMEOUT = 120.0  # seconds; it takes about five

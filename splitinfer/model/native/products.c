@@ -22,6 +22,8 @@ void unit_product(const Matrix *m, Rows rows, const int32_t *which, int64_t coun
     }
 }
 
+enum { PIECES_PER_GIFT = 8 };
+
 /* One unit of channels of one chunk of rows. */
 static void product_piece(const Product *p, int64_t width, int64_t units, int64_t piece) {
     float part[CHUNK * UNIT];
@@ -40,9 +42,12 @@ void product_pieces(Member *member, Product p) {
     const int loop = team_loop(member);
     int64_t width = 0, units = 0;
     for (int i = 0; i < p.count; i++) width += p.matrices[i].n, units += units_of(p.matrices[i].n);
-    team_meet(member);
+    if (!p.entered) team_meet(member);
     for (int64_t piece, end; team_take(member, loop, chunks * units, &piece, &end);)
-        for (; piece < end; piece++) product_piece(&p, width, units, piece);
+        for (; piece < end; piece++) {
+            if (p.gives_way && piece % PIECES_PER_GIFT == 0) team_give_way();
+            product_piece(&p, width, units, piece);
+        }
     team_meet(member);
 }
 

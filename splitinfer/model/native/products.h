@@ -102,10 +102,12 @@ typedef struct {
     int64_t rows;
     void *out;
     int out_bfloat16;
+    int entered;   /* all rows were prepared before the team began */
+    int gives_way; /* between pieces */
 } Product;
 
 /* All of it, shared by the team whose members call this. They meet before the first piece, for other members'
-   rows, and after the last. */
+   rows unless these were `entered`, and after the last. */
 void product_pieces(Member *member, Product product);
 
 #endif

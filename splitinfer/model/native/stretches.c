@@ -1,4 +1,5 @@
 /* Whole stretches of a layer: products and what lies between them, without leaving the team of threads. */
+#include "mlp.h"
 #include "rows.h"
 
 #include <stdlib.h>
@@ -76,12 +77,14 @@ static void attention_out_work(void *given, Member *member) {
 }
 
 /* What follows attention: the product of `attended` [rows, k] with `output`, `splitinfer_residual` of x and that,
-   and, unless `router` is NULL, `splitinfer_choose` of its product with the normed rows. */
+   and, unless `router` is NULL, `splitinfer_choose` of its product with the normed rows. With `beside` that network
+   begins on `first_out`, into `beside_out`; what ends it comes back in `begun`. */
 int splitinfer_attention_out(const Matrix *output, const Matrix *router, const void *attended, const void *x,
                              int bfloat16, int64_t rows, const float *weight, float eps, const float *first,
                              const float *second, const float *third, void *sum, void *first_out,
                              void *second_out, int64_t chosen, const float *expert_scale, int16_t *index,
-                             float *weights, int threads) {
+                             float *weights, const Mlp *beside, void *beside_out, int gives_way, void **begun,
+                             int threads) {
     const int64_t k = output->k, n = output->n;
     const Matrix *next = router ? router : output;
     const int64_t inputs = (rows_floats(output, rows) + 15) / 16 * 16, outputs = (rows * n + 15) / 16 * 16;
@@ -96,58 +99,8 @@ int splitinfer_attention_out(const Matrix *output, const Matrix *router, const v
         attended, scores + rows * next->n,
     };
     team_run(rows * n * k > PARALLEL_FROM ? threads : 1, attention_out_work, &a);
+    if (beside) *begun = mlp_begin(beside, first_out, rows, beside_out, bfloat16, gives_way, threads);
     if (router) splitinfer_choose(scores, rows, router->n, chosen, expert_scale, index, weights);
     free(memory);
-    return 0;
-}
-
-typedef struct {
-    Product gate_up, down; /* into float32 */
-    const void *x;
-    const float *norm;
-    float eps;
-    void *out;
-    int bfloat16;
-} Mlp;
-
-static void mlp_work(void *given, Member *member) {
-    const Mlp *a = given;
-    const Matrix *down = a->down.matrices;
-    const Rows hidden = a->down.prepared;
-    const int64_t inner = down->k, n = down->n;
-    const int64_t begin = team_share(member, a->down.rows, 0), end = team_share(member, a->down.rows, 1);
-    for (int64_t r = begin; r < end; r++) enter_row(a->gate_up.matrices, a->gate_up.prepared, r, a->x, a->bfloat16);
-    product_pieces(member, a->gate_up);
-    for (int64_t r = begin; r < end; r++) {
-        float *row = hidden.x + r * hidden.stride;
-        gated_row((float *)a->gate_up.out + r * 2 * inner, inner, row);
-        memset(row + inner, 0, (size_t)(hidden.stride - inner) * 4);
-        prepare_row(down, hidden, r);
-    }
-    product_pieces(member, a->down);
-    for (int64_t r = begin; r < end; r++) {
-        float *row = (float *)a->down.out + r * n, scale = a->norm ? root(row, n, a->eps) : 1.0f;
-        for (int64_t i = 0; a->norm && i < n; i++) row[i] = row[i] * scale * a->norm[i];
-        write_row(row, n, a->out, a->bfloat16, r * n);
-    }
-}
-
-/* The feed-forward network that every row passes, x [rows, H] to out [rows, H]: gate and up are `count` matrices
-   with 2 I channels in all; the result's norm times `norm` where that is given. */
-int splitinfer_mlp(const Matrix *gate_up, int count, const Matrix *down, const void *x, int64_t rows,
-                   const float *norm, float eps, void *out, int bfloat16, int threads) {
-    const int64_t k = gate_up->k, inner = down->k, n = down->n;
-    const int64_t first = (rows_floats(gate_up, rows) + 15) / 16 * 16, between = (rows * 2 * inner + 15) / 16 * 16;
-    const int64_t second = (rows_floats(down, rows) + 15) / 16 * 16;
-    float *memory = team_memory(first + between + second + rows * n);
-    if (!memory) return -1;
-    float *halves = memory + first, *prepared = halves + between;
-    Mlp a = {
-        {gate_up, count, rows_at(gate_up, rows, memory), rows, halves, 0},
-        {down, 1, rows_at(down, rows, prepared), rows, prepared + second, 0},
-        x, norm, eps, out, bfloat16,
-    };
-    team_run(rows * inner * k > PARALLEL_FROM ? threads : 1, mlp_work, &a);
-    free(memory);
-    return 0;
+    return beside && !*begun ? -1 : 0;
 }

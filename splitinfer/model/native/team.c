@@ -1,8 +1,8 @@
 /* The team of threads: see team.h.
 
    A waiting thread looks again and again for a few microseconds, then lets others have its core between two
-   looks, and sleeps after a fifth of a millisecond: longer than Python takes from one call to the next, and short
-   enough that a process beside this one finds the cores free. */
+   looks, and sleeps after half a millisecond: longer than Python takes from one call to the next, an answer from a
+   node between them, and short enough that a process beside this one finds the cores free. */
 #include "team.h"
 
 #include <pthread.h>
@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { MOST = 256, LOOKS = 64, AWAKE = 200000 /* nanoseconds */ };
+enum { MOST = 256, LOOKS = 64, AWAKE = 500000 /* nanoseconds */, GIVEN = 3000000 /* the same */, RESTS = 50 };
 
 typedef struct {
     _Alignas(64) atomic_uint word; /* what waiting threads look at */
@@ -118,20 +118,37 @@ static int hire(int threads) {
     return hired;
 }
 
-void team_run(int threads, void (*work)(void *, Member *), void *arg) {
+Member team_begin(int threads, void (*work)(void *, Member *), void *arg) {
     Member member = {0, 1, 0, 0};
-    if (threads <= 1 || pthread_mutex_trylock(&busy)) {
-        work(arg, &member);
-        return;
-    }
+    if (threads <= 1 || pthread_mutex_trylock(&busy)) return member;
     member.count = hire(threads);
     job.work = work;
     job.arg = arg;
     for (int i = 0; i < LOOPS; i++) atomic_store_explicit(&loop_at[i].next, 0, memory_order_relaxed);
     if (member.count > 1) ring(&call, ((atomic_load(&call.word) >> 8) + 1) << 8 | (unsigned)(member.count - 1));
+    else pthread_mutex_unlock(&busy);
+    return member;
+}
+
+void team_end(Member member, void (*work)(void *, Member *), void *arg) {
     work(arg, &member);
+    if (member.count == 1) return;
     team_meet(&member);
     pthread_mutex_unlock(&busy);
+}
+
+void team_run(int threads, void (*work)(void *, Member *), void *arg) {
+    team_end(team_begin(threads, work, arg), work, arg);
+}
+
+void team_give_way(void) {
+    static _Atomic int64_t not_before;
+    const int64_t start = now();
+    if (start < atomic_load_explicit(&not_before, memory_order_relaxed)) return;
+    sched_yield();
+    const int64_t taken = now() - start;
+    /* Whoever keeps a core for so long is no node that has a row to answer. */
+    if (taken > GIVEN) atomic_store_explicit(&not_before, start + RESTS * taken, memory_order_relaxed);
 }
 
 int team_loop(Member *member) { return member->loops++; }

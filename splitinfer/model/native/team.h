@@ -14,6 +14,15 @@ typedef struct {
    is busy with another thread's call: no result depends on how many they are. */
 void team_run(int threads, void (*work)(void *arg, Member *member), void *arg);
 
+/* The same in two steps. The other threads begin; this one is free until it joins them in `team_end`, with the same
+   work, and nobody else has the team meanwhile. */
+Member team_begin(int threads, void (*work)(void *arg, Member *member), void *arg);
+void team_end(Member member, void (*work)(void *arg, Member *member), void *arg);
+
+/* Lets somebody else have this core: for work in pieces of some ten microseconds, beside a node on this machine,
+   which wakes up for a moment at a time and is waited for. */
+void team_give_way(void);
+
 /* Returns when every member is here. */
 void team_meet(const Member *member);
 

@@ -1,0 +1,88 @@
+/* The feed-forward network that every row passes: at once, or begun while this thread has something else to do. */
+#include "mlp.h"
+#include "rows.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* One run of it; its scratch memory follows. */
+typedef struct {
+    Mlp mlp;
+    Product gate_up, down; /* into float32 */
+    const void *x;
+    void *out;
+    int bfloat16;
+    int64_t size; /* of the first product, in multiplications */
+    Member member;
+} Run;
+
+static int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; } /* of the cache */
+
+static Run *new_run(const Mlp *mlp, const void *x, int64_t rows, void *out, int bfloat16, int gives_way) {
+    const Matrix *up = mlp->gate_up, *down = mlp->down;
+    const int64_t own = lines((sizeof(Run) + 3) / 4), first = lines(rows_floats(up, rows));
+    const int64_t between = lines(rows * 2 * down->k), second = lines(rows_floats(down, rows));
+    float *memory = aligned_alloc(64, (size_t)(own + first + between + second + lines(rows * down->n)) * 4);
+    if (!memory) return NULL;
+    float *entered = memory + own, *halves = entered + first, *gated = halves + between, *sums = gated + second;
+    Run *run = (Run *)memory;
+    *run = (Run){
+        .mlp = *mlp, .x = x, .out = out, .bfloat16 = bfloat16, .size = rows * down->k * up->k,
+        .gate_up = {up, (int)mlp->count, rows_at(up, rows, entered), rows, halves, 0, 0, gives_way},
+        .down = {down, 1, rows_at(down, rows, gated), rows, sums, 0, 0, gives_way},
+    };
+    return run;
+}
+
+static void enter(const Run *a, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) enter_row(a->mlp.gate_up, a->gate_up.prepared, r, a->x, a->bfloat16);
+}
+
+static void work(void *given, Member *member) {
+    const Run *a = given;
+    const Matrix *down = a->mlp.down;
+    const Rows hidden = a->down.prepared;
+    const int64_t inner = down->k, n = down->n;
+    const int64_t begin = team_share(member, a->down.rows, 0), end = team_share(member, a->down.rows, 1);
+    if (!a->gate_up.entered) enter(a, begin, end);
+    product_pieces(member, a->gate_up);
+    for (int64_t r = begin; r < end; r++) {
+        float *row = hidden.x + r * hidden.stride;
+        gated_row((float *)a->gate_up.out + r * 2 * inner, inner, row);
+        memset(row + inner, 0, (size_t)(hidden.stride - inner) * 4);
+        prepare_row(down, hidden, r);
+    }
+    product_pieces(member, a->down);
+    for (int64_t r = begin; r < end; r++) {
+        float *row = (float *)a->down.out + r * n, scale = a->mlp.norm ? root(row, n, a->mlp.eps) : 1.0f;
+        for (int64_t i = 0; a->mlp.norm && i < n; i++) row[i] = row[i] * scale * a->mlp.norm[i];
+        write_row(row, n, a->out, a->bfloat16, r * n);
+    }
+}
+
+static int team_of(const Run *run, int threads) { return run->size > PARALLEL_FROM ? threads : 1; }
+
+/* x [rows, H] to out [rows, H]. Returns 0, or -1 without memory. */
+int splitinfer_mlp(const Mlp *mlp, const void *x, int64_t rows, void *out, int bfloat16, int threads) {
+    Run *run = new_run(mlp, x, rows, out, bfloat16, 0);
+    if (!run) return -1;
+    team_run(team_of(run, threads), work, run);
+    free(run);
+    return 0;
+}
+
+void *mlp_begin(const Mlp *mlp, const void *x, int64_t rows, void *out, int bfloat16, int gives_way, int threads) {
+    Run *run = new_run(mlp, x, rows, out, bfloat16, gives_way);
+    if (!run) return NULL;
+    enter(run, 0, rows); /* nobody has to wait for this thread before the first product is done */
+    run->gate_up.entered = 1;
+    run->member = team_begin(team_of(run, threads), work, run);
+    return run;
+}
+
+/* By the thread that began it. */
+void splitinfer_mlp_end(void *begun) {
+    Run *run = begun;
+    team_end(run->member, work, run);
+    free(run);
+}
