@@ -59,14 +59,14 @@ class Effort:
 
 
 class _Absent:
-    """Experts that are not there: an empty message in place of a call. The rows themselves are the answer.
+    """Experts that are not there: `pause` is awaited in place of a call. The rows themselves are the answer.
 
-    `bank` is asked for every layer's rows beside, to time what a layer costs that is kept here.
+    Or `bank` is asked for every layer's rows, to time what a layer costs that is kept here.
     """
 
-    def __init__(self, pause: Callable[[], Awaitable[object]], bank: ExpertBank | None = None) -> None:
+    def __init__(self, pause: Callable[[], Awaitable[object]]) -> None:
         self.pause = pause
-        self.bank = bank
+        self.bank: ExpertBank | None = None
 
     def where(self, layer: int) -> Where:
         return "here"  # so that the dense network is timed on its own
@@ -88,20 +88,21 @@ class _Absent:
 
     async def _wait(self, layer: int, x: Tensor, timeline: Timeline | None) -> Tensor:
         start = perf_counter()
-        await self.pause()
+        if self.bank is None:
+            await self.pause()
         if timeline is not None:
             timeline.add("network", layer, start, perf_counter())
         return x
 
 
 @contextmanager
-def _without_experts(engine: AsyncEngine, bank: ExpertBank | None = None) -> Iterator[_Absent]:
+def _without_experts(engine: AsyncEngine) -> Iterator[_Absent]:
     from splitinfer.dispatch import RemoteExperts
 
     model = engine.model
     there = model.experts
     pause = there.ping if isinstance(there, RemoteExperts) else partial(asyncio.sleep, PAUSE)
-    model.experts = absent = _Absent(pause, bank)
+    model.experts = absent = _Absent(pause)
     try:
         yield absent
     finally:
@@ -151,12 +152,15 @@ def _work_for(seconds: float) -> None:
 
 async def calibrate_client(engine: AsyncEngine, bank: ExpertBank | None, effort: Effort) -> ClientCost:
     """What this machine's half of a step costs, by rows; `bank` has one layer's experts, if any stay here."""
-    with _without_experts(engine, bank) as absent:
+    with _without_experts(engine) as absent:
         parts = {rows: await _steps(engine, [rows], effort) for rows in ROWS}
         group = await _steps(engine, [1] * GROUP, effort)
-        absent.bank = None
         alone = await _token(engine, parts[1], effort)
         together = await _token_of_many(engine, group, effort)
+        if bank is not None:  # layers that are kept here follow each other without a pause
+            absent.bank = bank
+            for rows in ROWS:
+                parts[rows]["experts"] = (await _steps(engine, [rows], effort))["experts"]
     apart = (group["attention"] - parts[GROUP]["attention"]) / (GROUP - 1)
     curves = {name: Curve.of({n: found[name] for n, found in parts.items()}) for name in parts[1]}
     return ClientCost(
