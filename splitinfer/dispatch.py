@@ -280,6 +280,8 @@ class RemoteExperts:
                 for call in calls:
                     if not call.answer.done():
                         self._channels[call.share.node].look()
+                        if call.answer.done():
+                            call.note_time(None)  # its callbacks come in the loop's next turn
                     try:
                         reply = await call.answer
                     except DeadlineExceeded as error:

@@ -15,7 +15,7 @@ import torch
 
 from splitinfer.errors import UsageError
 
-__all__ = ["INLINE_ROWS", "INLINE_SECONDS", "compute", "run", "runs_inline", "submit", "use_threads"]
+__all__ = ["INLINE_ROWS", "INLINE_SECONDS", "compute", "run", "runs_inline", "submit", "took", "use_threads"]
 
 # What `torch.inference_mode()` is a wrapper of: a decoded row enters it some hundred times a token.
 _InferenceMode: Any = getattr(torch._C, "_InferenceMode", torch.inference_mode)
@@ -51,6 +51,11 @@ def use_threads(threads: int | None) -> None:
 
 def _kind(function: Callable[..., object]) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
+
+
+def took(function: Callable[..., object], seconds: float) -> None:
+    """A job of this kind was done elsewhere than in `run`, in so many seconds."""
+    _last_seconds[_kind(function)] = seconds
 
 
 def runs_inline(rows: int, function: Callable[..., object]) -> bool:

@@ -164,14 +164,14 @@ class Gemma:
             x = await compute(rows, layer.without_experts, x, step)
             step.leave(layer.index)
             return x
-        if runs_inline(rows, layer.route):
+        if runs_inline(rows, layer.route) and runs_inline(rows, layer.dense):
             to = run(layer.route, x, step, self.experts.where(layer.index))
         else:
             to = await compute(rows, layer.route, x, step)
-        assert to.expert_input is not None
-        assert to.chosen is not None
-        step.leave(layer.index)
         try:
+            assert to.expert_input is not None
+            assert to.chosen is not None
+            step.leave(layer.index)
             routed = self.experts.dispatch(layer.index, to.expert_input, *to.chosen, step.timeline)
         except BaseException:
             if to.dense is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from splitinfer.model.attention import Block, Rotation, attend
 from splitinfer.model.cache import KVCache
+from splitinfer.model.compute import took
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.experts import Where
 from splitinfer.model.front import Front
@@ -240,7 +241,7 @@ class DecoderLayer:
         """`dense`, which has begun: the rest of it."""
         start = perf_counter()
         x = self.ops.end_mlp(begun)
-        step.record("dense", self.index, start)
+        took(self.dense, step.record("dense", self.index, start) - start)
         return x
 
     def combine(self, residual: Tensor, dense: Tensor, moe: Tensor | None, step: Step) -> Tensor:

@@ -47,7 +47,7 @@ class Stream(Protocol):
 
 
 class Owner(Protocol):
-    """Whoever a Link works for. Called on the event loop, never from within the owner's own calls.
+    """Whoever a Link works for. Called on the event loop, never from within the owner's own calls but `look`.
 
     A message is for `connection.accept` first; what either raises ends the connection. `on_message` may abort
     the link itself.
@@ -85,7 +85,7 @@ class Link:
         self._writing = self._paused = False
         self._pauses = connection.role == "server"
         self._untold = 0  # messages that were read and are still to be passed on
-        self._looks = 0  # since the loop's last turn
+        self._looks = 0  # since the loop told of bytes here
         self._idle: asyncio.Future[None] | None = None
         loop.add_reader(self._fd, self._event)
         self._timer = loop.call_later(TICK_SECONDS, self._tick)
@@ -96,8 +96,8 @@ class Link:
     def look(self) -> None:
         """Read what has come already, without waiting for the loop to tell of it.
 
-        Not while messages read before are still to be passed on, nor time and again without a turn of the
-        loop, which has others to serve.
+        Not while messages read before are still to be passed on, nor time and again before the loop tells of
+        bytes here: it has others to serve.
         """
         if self._untold or self._looks >= _LOOKS_PER_TURN:
             return
