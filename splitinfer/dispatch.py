@@ -31,7 +31,7 @@ from splitinfer.exact_nodes import check_exact
 from splitinfer.fanout import Owner, Partial, Rows, Share, add_partials, divide, divide_by
 from splitinfer.in_flight import ExpertCall, Pending
 from splitinfer.lost_nodes import gone, late, naming, still_holds
-from splitinfer.model.experts import Where
+from splitinfer.model.experts import Where, expert_ids
 from splitinfer.placement import Columns, Holding, Placement
 from splitinfer.timing import Timeline
 
@@ -175,7 +175,7 @@ class RemoteExperts:
         otherwise. A missing answer is never replaced by zeros.
         """
         start = perf_counter()
-        wire = Rows(x, top_k_index, top_k_weights)
+        wire = Rows(x, expert_ids(top_k_index, layer), top_k_weights)
         deadline = start + self._timeout
         if self._avoided and start > self._avoided_until:
             self._look_again()

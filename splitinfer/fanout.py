@@ -19,7 +19,6 @@ from torch import Tensor
 from splitinfer import transport
 from splitinfer.fixed_point import DTYPE as FIXED
 from splitinfer.fixed_point import from_fixed
-from splitinfer.model.experts import expert_ids
 from splitinfer.model.native import DTYPES, address_of
 from splitinfer.model.row_kernels import row_kernels
 
@@ -32,7 +31,7 @@ COPIED_NBYTES = 32 << 10  # up to here a copy costs less than a view
 
 
 class Rows:
-    """A block of rows: x [rows, hidden], and top_k_index int16 and weights float32 [rows, k]."""
+    """A block of rows: x [rows, hidden], top_k_index (as `expert_ids` gives it) and weights [rows, k]."""
 
     __slots__ = ("_top_k_index", "_weights", "tensors", "x")
 
@@ -42,7 +41,7 @@ class Rows:
             x = x.detach().contiguous()
         if top_k_weights.dtype is not torch.float32 or not top_k_weights.is_contiguous():
             top_k_weights = top_k_weights.to(torch.float32).contiguous()
-        self.x, self._top_k_index, self._weights = x, expert_ids(top_k_index), top_k_weights
+        self.x, self._top_k_index, self._weights = x, top_k_index, top_k_weights
         # All of it, as it goes to a node that is asked for everything.
         self.tensors: list[transport.Array]
         if x.nbytes <= COPIED_NBYTES:

@@ -16,7 +16,7 @@ EXPERTS, HIDDEN = 9, 4
 
 def block(rows: int, k: int, seed: int) -> Rows:
     draw = torch.Generator().manual_seed(seed)
-    index = torch.rand(rows, EXPERTS, generator=draw).topk(k).indices
+    index = torch.rand(rows, EXPERTS, generator=draw).topk(k).indices.to(torch.int16)
     return Rows(torch.randn(rows, HIDDEN, generator=draw), index, torch.rand(rows, k, generator=draw))
 
 

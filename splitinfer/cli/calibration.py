@@ -65,7 +65,7 @@ class _Absent:
     """
 
     def __init__(self, pause: Callable[[], Awaitable[object]]) -> None:
-        self.pause: Callable[[], Awaitable[object]] = pause
+        self.pause = pause
         self.bank: ExpertBank | None = None
 
     def where(self, layer: int) -> Where:
@@ -156,7 +156,7 @@ async def calibrate_client(engine: AsyncEngine, bank: ExpertBank | None, effort:
         parts = {rows: await _steps(engine, [rows], effort) for rows in ROWS}
         group = await _steps(engine, [1] * GROUP, effort)
         alone = await _token(engine, parts[1], effort)
-        absent.pause = partial(asyncio.sleep, PAUSE)  # which takes no processor time, as a message does
+        absent.pause = partial(asyncio.sleep, PAUSE)  # a message would take processor time
         together = await _token_of_many(engine, group, effort)
         if bank is not None:  # layers that are kept here follow each other without a pause
             absent.bank = bank

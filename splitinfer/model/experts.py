@@ -152,7 +152,7 @@ class ExpertBank:
                 held.gate_up,
                 held.down,
                 x.contiguous(),
-                expert_ids(top_k_index),
+                expert_ids(top_k_index, layer),
                 top_k_weights.to(torch.float32).contiguous(),
                 torch.empty(x.shape, dtype=out_dtype),
             )
@@ -287,13 +287,13 @@ def _not_held(expert: int, layer: int) -> PlacementError:
     return PlacementError(f"expert {expert} of layer {layer} is not held here")
 
 
-def expert_ids(top_k_index: Tensor) -> Tensor:
+def expert_ids(top_k_index: Tensor, layer: int) -> Tensor:
     """`top_k_index` as the kernels and the wire have it: int16, contiguous. Raises PlacementError for ids
-    that have no room in it."""
+    that have no room in it, which nobody holds."""
     if top_k_index.dtype is not torch.int16:
         given, top_k_index = top_k_index, top_k_index.to(torch.int16)
         for wrong in given[given != top_k_index].tolist()[:1]:
-            raise PlacementError(f"there is no expert {wrong}")
+            raise _not_held(wrong, layer)
     return top_k_index if top_k_index.is_contiguous() else top_k_index.contiguous()
 
 
