@@ -16,13 +16,11 @@ typedef struct {
     Member member;
 } Run;
 
-static int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; } /* of the cache */
-
 static Run *new_run(const Mlp *mlp, const void *x, int64_t rows, void *out, int bfloat16, int gives_way) {
     const Matrix *up = mlp->gate_up, *down = mlp->down;
     const int64_t own = lines((sizeof(Run) + 3) / 4), first = lines(rows_floats(up, rows));
     const int64_t between = lines(rows * 2 * down->k), second = lines(rows_floats(down, rows));
-    float *memory = aligned_alloc(64, (size_t)(own + first + between + second + lines(rows * down->n)) * 4);
+    float *memory = team_memory(own + first + between + second + rows * down->n);
     if (!memory) return NULL;
     float *entered = memory + own, *halves = entered + first, *gated = halves + between, *sums = gated + second;
     Run *run = (Run *)memory;

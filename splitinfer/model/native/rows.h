@@ -5,6 +5,11 @@
 #include "products.h"
 
 #include <math.h>
+#include <stdlib.h>
+
+/* Floats in whole lines of the cache, and memory for so many. */
+INLINE int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+INLINE float *team_memory(int64_t floats) { return aligned_alloc(64, (size_t)lines(floats) * 4); }
 
 /* 1 / sqrt(mean of squares + eps) of a row; sums in eight (or sixteen) lanes, then their tree. */
 INLINE float root(const float *x, int64_t n, float eps) {

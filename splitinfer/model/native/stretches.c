@@ -4,8 +4,6 @@
 
 #include <stdlib.h>
 
-static float *team_memory(int64_t floats) { return aligned_alloc(64, ((size_t)floats * 4 + 63) / 64 * 64); }
-
 /* A member's own floats in memory that has `each` for every one of them. */
 static float *own(const Member *member, float *memory, int64_t each) { return memory + member->index * each; }
 
@@ -41,7 +39,7 @@ int splitinfer_attention_in(const Matrix *matrices, int count, const void *x, in
                             void *value, int bfloat16, int threads) {
     int64_t width = 0;
     for (int i = 0; i < count; i++) width += matrices[i].n;
-    const int64_t inputs = (rows_floats(matrices, rows) + 15) / 16 * 16, outputs = (rows * width + 15) / 16 * 16;
+    const int64_t inputs = lines(rows_floats(matrices, rows)), outputs = lines(rows * width);
     float *memory = team_memory(inputs + outputs + threads * 2 * size);
     if (!memory) return -1;
     AttentionIn a = {
@@ -87,8 +85,8 @@ int splitinfer_attention_out(const Matrix *output, const Matrix *router, const v
                              int threads) {
     const int64_t k = output->k, n = output->n;
     const Matrix *next = router ? router : output;
-    const int64_t inputs = (rows_floats(output, rows) + 15) / 16 * 16, outputs = (rows * n + 15) / 16 * 16;
-    const int64_t routed = (rows_floats(next, rows) + 15) / 16 * 16;
+    const int64_t inputs = lines(rows_floats(output, rows)), outputs = lines(rows * n);
+    const int64_t routed = lines(rows_floats(next, rows));
     float *memory = team_memory(inputs + outputs + routed + rows * next->n + threads * n);
     if (!memory) return -1;
     float *product = memory + inputs, *scores = product + outputs + routed;
