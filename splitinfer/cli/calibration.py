@@ -45,13 +45,13 @@ SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 0, "ignore_eos": True}
 @dataclass(frozen=True)
 class Effort:
     """How often each kind of thing is measured. A fifth as many come before, to warm up. All of it is done in
-    so many `passes`."""
+    so many `passes`: many that are short, as a machine's speed changes within seconds."""
 
-    steps: int = 30
-    calls: int = 60
-    pings: int = 30
+    steps: int = 20
+    calls: int = 40
+    pings: int = 20
     tokens: int = 32
-    passes: int = 5
+    passes: int = 9
 
     @staticmethod
     def warm_up(count: int) -> int:

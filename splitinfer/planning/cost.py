@@ -83,8 +83,8 @@ class ClientCost:
 
 @dataclass(frozen=True)
 class CallCost:
-    """Seconds of one layer's call to its nodes. `round_trip` is that of an empty message; `nbytes` of one
-    row, both ways, pass at `bandwidth` bytes/s (0: any).
+    """Seconds of one layer's call to its nodes. `round_trip` is that of an empty message, of which `message`
+    keeps the client busy; `nbytes` of one row, both ways, pass at `bandwidth` bytes/s (0: any).
 
     By rows: `send` and `combine` are the client's work before and after, `handling` what transport and node
     take beside the link and the arithmetic, `experts` the arithmetic of the slowest node.
@@ -95,6 +95,7 @@ class CallCost:
     send: Curve = ZERO
     combine: Curve = ZERO
     handling: Curve = ZERO
+    message: float = 0.0
     nbytes: float = 0.0
     bandwidth: float = 0.0
 
@@ -219,7 +220,8 @@ def _alternate(setup: Setup, sizes: Sequence[int]) -> tuple[float, float, float]
         now = ready
         before = stages[layer - 1] if layer else None
         if before is not None:
-            now = work("client", now, before.handling.at(rows) / 2 + before.combine.at(rows))
+            taken = before.message + before.handling.at(rows) / 2
+            now = work("client", now, taken + before.combine.at(rows))
         if layer == len(stages):
             handed_out = client.head.at(rows) + client.step.at(rows) + rows * client.token.at(rows)
             now = work("client", now, handed_out)
@@ -234,9 +236,9 @@ def _alternate(setup: Setup, sizes: Sequence[int]) -> tuple[float, float, float]
             continue
         sent = work("client", now, call.send.at(rows))
         computed = work("client", sent, dense)
-        there = sent + (call.round_trip + call.transfer(rows)) / 2
-        answered = work(id(call), there, call.experts.at(rows) + call.handling.at(rows) / 2)
-        back = answered + (call.round_trip + call.transfer(rows)) / 2
+        way = (max(0.0, call.round_trip - call.message) + call.transfer(rows)) / 2
+        answered = work(id(call), sent + way, call.experts.at(rows) + call.handling.at(rows) / 2)
+        back = answered + way
         heappush(waiting, (max(back, computed), group, layer + 1))
     half = STEPS // 2
     period = max((times[-1] - times[half - 1]) / (len(times) - half) for times in ends)

@@ -123,6 +123,16 @@ def test_streams_share_round_trips_until_the_client_is_busy() -> None:
     assert found.binds == "client arithmetic"
 
 
+def test_a_message_keeps_the_client_from_other_groups_only() -> None:
+    """One sequence waits for its round trip anyhow; several fill it with work, messages among it."""
+    call = replace(CALL, message=0.4 * MS)
+    assert plain(setup(call=call)).step_seconds == pytest.approx(plain(setup()).step_seconds)
+    assert batched(setup(call=call), 1).step_seconds == pytest.approx(batched(setup(), 1).step_seconds)
+    busy, idle = replace(call, round_trip=0.4 * MS), replace(CALL, round_trip=0.0)
+    more = batched(setup(call=busy), 16).step_seconds - batched(setup(call=idle), 16).step_seconds
+    assert more == pytest.approx(2 * 6 * 0.4 * MS, rel=0.03)
+
+
 def test_nodes_that_are_never_idle_bind() -> None:
     found = batched(setup(call=replace(CALL, round_trip=0.0, experts=Curve.constant(9 * MS))), 8)
     assert found.binds == "node experts"
