@@ -6,7 +6,7 @@
 
 enum {
     LARGEST = 32639, /* of a fixed-point number: 127 * 256 + 127 */
-    AHEAD = 2048,    /* bytes of weights that are asked for before they are needed */
+    AHEAD = 8,       /* groups of weights that are asked for before they are needed */
 };
 
 /* ---- rows ---- */
@@ -90,13 +90,19 @@ INLINE void int4_tile(const int R, const int B, const int few, const Matrix *m, 
     }
     vf total[4][2][NV];
     memset(total, 0, sizeof total);
+    int64_t ahead = AHEAD * 256, scales_ahead = AHEAD * halves;
     for (int64_t g = 0; g < rows.groups; g++) {
+        if (g + AHEAD == rows.groups) { /* what comes after a tile is the next one's first block */
+            ahead += (B - 1) * words * 4;
+            scales_ahead += (B - 1) * rows.groups * halves;
+        }
         UNROLL for (int b = 0; b < B; b++) {
             APART;
             const uint32_t *words_at = w + b * words + g * 64;
             const uint16_t *scales = s + (b * rows.groups + g) * halves;
             UNROLL for (int line = 0; line < 4; line++)
-                __builtin_prefetch((const char *)(words_at + line * 16) + AHEAD);
+                __builtin_prefetch((const char *)(words_at + line * 16) + ahead);
+            __builtin_prefetch(scales + scales_ahead);
             vi acc[4][NV];
             int4_group(R, few, words_at, x, acc);
             UNROLL for (int v = 0; v < NV; v++) UNROLL for (int r = 0; r < R; r++) {
