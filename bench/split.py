@@ -5,9 +5,10 @@
     python bench/random_shard.py --layers 6 /path/to/shard          # the same in int4
     python bench/split.py /path/to/shard --nodes 1
 
-Rounds alternate between the split run and the same model with its experts in this process, so that both see
-the same machine. What it leaves out: a real network; everything here crosses loopback, on shared cores.
-Ends with one JSON line.
+Rounds are short and alternate between the split run and the same model with its experts in this process, before
+and after it: each gives a ratio of neighbours in time, and their median and quartiles count, as a machine's speed
+moves by more within seconds than the two differ. What it leaves out: a real network; everything here crosses
+loopback, on shared cores. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import statistics
 import sys
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see splitinfer.cli.console
@@ -47,10 +49,12 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=12, help="of each round")
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--threads", type=int, default=None, help="of each process (default: chosen)")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("quartiles need at least 2 rounds")
     count = load_config(arguments.model).num_experts
     shares = [
         range(n * count // arguments.nodes, (n + 1) * count // arguments.nodes)
@@ -73,7 +77,7 @@ def main() -> None:
         memory |= {f"node {n}": resident(process.pid) for n, process in enumerate(nodes)}
         here = stack.enter_context(splitinfer.load(arguments.model, threads=arguments.threads, draft="off"))
         measure(here, arguments.tokens)
-        runs, alone = [], []
+        runs, alone = [], [measure(here, arguments.tokens)]
         for _ in range(arguments.rounds):
             runs.append(measure(split, arguments.tokens))
             alone.append(measure(here, arguments.tokens))
@@ -86,12 +90,15 @@ def report(
     alone: list[splitinfer.Completion],
     memory: dict[str, float],
 ) -> None:
+    rates, beside = ([r.timings.decode_tokens_per_second for r in each] for each in (runs, alone))
+    ratios = [rate / statistics.mean(around) for rate, around in zip(rates, pairwise(beside), strict=True)]
     steps = runs[0].usage.prompt_tokens + runs[0].usage.completion_tokens - 1
     figures = {
         "layers": load_config(arguments.model).num_hidden_layers,
         "nodes": arguments.nodes,
-        "tokens_per_second_split": statistics.median(r.timings.decode_tokens_per_second for r in runs),
-        "tokens_per_second_here": statistics.median(r.timings.decode_tokens_per_second for r in alone),
+        "tokens_per_second_split": statistics.median(rates),
+        "tokens_per_second_here": statistics.median(beside),
+        "split_to_here_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
         "bytes_sent_per_token": runs[0].usage.bytes_sent / steps,
         "bytes_received_per_token": runs[0].usage.bytes_received / steps,
         "same_tokens": sum(a == b for a, b in zip(runs[0].token_ids, alone[0].token_ids, strict=True)),
