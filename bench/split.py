@@ -6,9 +6,9 @@
     python bench/split.py /path/to/shard --nodes 1
 
 Rounds are short and alternate between the split run and the same model with its experts in this process,
-before and after it: each gives a ratio of neighbours in time. Their median and quartiles count, as a machine's
-speed moves by more within seconds than the two differ. What it leaves out: a real network; everything here
-crosses loopback, on shared cores. Ends with one JSON line.
+before and after it: each gives a ratio of neighbours in time. Their median and quartiles count, as a
+machine's speed moves by more within seconds than the two differ. What it leaves out: a real network; all
+of it crosses loopback, on shared cores. Ends with one JSON line.
 """
 
 from __future__ import annotations
