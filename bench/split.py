@@ -98,7 +98,9 @@ def report(
         "nodes": arguments.nodes,
         "tokens_per_second_split": statistics.median(rates),
         "tokens_per_second_here": statistics.median(beside),
-        "split_to_here_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
+        "split_to_here_quartiles": [
+            round(q, 3) for q in statistics.quantiles(ratios, n=4, method="inclusive")
+        ],
         "bytes_sent_per_token": runs[0].usage.bytes_sent / steps,
         "bytes_received_per_token": runs[0].usage.bytes_received / steps,
         "same_tokens": sum(a == b for a, b in zip(runs[0].token_ids, alone[0].token_ids, strict=True)),

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from reprlib import repr as shortened
 from time import perf_counter
 
 import numpy as np
@@ -290,7 +291,7 @@ class RemoteExperts:
                         lost.append((call, error))
                         continue
                     partials.append(self._partial(call, reply))
-                    seconds = reply.meta.get("compute_us", 0) / 1e6
+                    seconds = self._arithmetic(call, reply)
                     compute = max(compute, seconds)
                     if timeline is not None and call.answered:
                         address = self.placement.addresses[call.share.node]
@@ -329,10 +330,20 @@ class RemoteExperts:
         expected = tuple(share.tensors[0].shape)  # as x
         if len(tensors) == 1 and tensors[0].shape == expected and tensors[0].dtype == call.out:
             return Partial(share.node, share.rows, tensors[0])
-        address = self.placement.addresses[share.node]
         found = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors) or "nothing"
-        raise RemoteProtocolError(
-            f"node {address} answered an expert call with {found}, not {call.out} {list(expected)}",
+        raise self._wrong(call, f"{found}, not {call.out} {list(expected)}")
+
+    def _arithmetic(self, call: ExpertCall, reply: transport.Reply) -> float:
+        """The node's own account of its seconds, 0 where it gives none."""
+        microseconds = reply.meta.get("compute_us", 0)
+        if type(microseconds) is int and microseconds >= 0:
+            return microseconds / 1e6
+        raise self._wrong(call, f"compute_us {shortened(microseconds)}, which is no number of microseconds")
+
+    def _wrong(self, call: ExpertCall, found: str) -> RemoteProtocolError:
+        address = self.placement.addresses[call.share.node]
+        return RemoteProtocolError(
+            f"node {address} answered an expert call with {found}",
             peer=address,
             remedy="Run the same version of splitinfer on both machines.",
         )

@@ -15,7 +15,7 @@ import torch
 
 from splitinfer import transport
 from splitinfer.dispatch import RemoteExperts
-from splitinfer.errors import PlacementError, RemoteError
+from splitinfer.errors import PlacementError, RemoteError, RemoteProtocolError
 from splitinfer.placement import Holding, parse_ranges
 from tests.patience import until
 
@@ -103,6 +103,30 @@ def test_an_error_gives_up_the_other_calls(other: Handler) -> None:
             await asyncio.sleep(0.05)
 
     assert unheard(broken) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (transport.Reply([]), "nothing, not float32"),
+        (transport.Reply([torch.ones(2, HIDDEN)]), rf"\[2, {HIDDEN}\], not float32 \[1, {HIDDEN}\]"),
+        (transport.Reply([torch.ones(1, HIDDEN, dtype=torch.int64)]), "int64"),
+        (transport.Reply([torch.ones(1, HIDDEN)] * 2), "float32"),
+        *(
+            (transport.Reply([torch.ones(1, HIDDEN)], {"compute_us": wrong}), "no number of microseconds")
+            for wrong in ("soon", -1, None, 0.5, True, [3] * 1000)
+        ),
+    ],
+)
+def test_a_node_that_answers_something_else_is_named(answer: transport.Reply, said: str) -> None:
+    async def answered() -> None:
+        async with connected(("0-3", lambda call: answer)) as (experts, servers):
+            with pytest.raises(RemoteProtocolError, match=said) as error:
+                await ask(experts)
+            assert servers[0].address in str(error.value)
+            assert error.value.remedy
+
+    assert unheard(answered) == []
 
 
 def test_a_connection_that_ended_between_two_calls_costs_no_time(caplog: pytest.LogCaptureFixture) -> None:

@@ -123,14 +123,21 @@ class Bench:
         disturbs, come in every third pass.
         """
         found = defaultdict[tuple[str, str], list[Decoded]](list)
+        quick: Sequence[Link] = ()
         for number in range(self.effort.passes):
-            for one in self._pass(nodes, addresses, cases, slow=number % 3 == 0):
+            for one in self._pass(nodes, addresses, quick if number % 3 else self.links, cases):
                 found[one.link, one.case].append(one)
+            if not number:
+                trips = {one.link: one.round_trip for (one,) in found.values()}
+                quick = [link for link in self.links if trips[link.name] < SLOW]
         yield from map(_middle, found.values())
 
     def _pass(
-        self, nodes: str, addresses: Sequence[str], cases: Sequence[Case], *, slow: bool
+        self, nodes: str, addresses: Sequence[str], links: Sequence[Link], cases: Sequence[Case]
     ) -> Iterator[Decoded]:
+        if not links:
+            return
+
         def calibrate() -> list[float]:
             self.client = None
             return run(self._calibrate(nodes, addresses, cases))
@@ -138,7 +145,7 @@ class Bench:
         with busy(f"{nodes}: calibrating"):
             trips, _ = beside_others(calibrate)
         for link, trip in zip(self.links, trips, strict=True):
-            for case in cases if slow or trip < SLOW else ():
+            for case in cases if link in links else ():
                 with busy(f"{nodes}, {link.name}: {case.name}"):
                     predicted = self._predict(replace(self.calls[nodes], round_trip=trip), case)
                     measured, others = beside_others(partial(self._decode_once, addresses, link, case))
@@ -169,8 +176,8 @@ class Bench:
             experts = engine.model.experts
             assert isinstance(experts, RemoteExperts)  # no layer is local yet
             calls = await calibrate_calls(experts, engine.config, engine.model.dtype, trips[0], self.effort)
-            message = len(addresses) * await self._message(addresses[0])
-            self.calls[nodes] = replace(calls, message=message)
+            message = await self._message(addresses[0])
+            self.calls[nodes] = replace(calls, message=message, nodes=len(addresses))
             bank = None
             if any(case.local for case in cases):
                 every = {0: range(engine.config.num_experts)}
@@ -193,7 +200,8 @@ class Bench:
             return median([await channel.ping() for _ in range(self.effort.pings)])
 
     async def _message(self, address: str) -> float:
-        """Processor time of an empty message and its answer here, where nobody polls for it."""
+        """Processor time of an empty message and its answer here, where nobody polls for it. Its sending is
+        in it, which `send` has too: more than an answer takes, as turning to another group does."""
         from splitinfer.transport import connect
 
         config = replace(self._transport(self.links[0]), busy_poll=0.0)

@@ -61,9 +61,8 @@ def calibration_lines(bench: Bench) -> list[str]:
         )
     for nodes, call in bench.calls.items():
         parts = {"experts": call.experts, "handling": call.handling, "send": call.send, "add": call.combine}
-        lines.append(
-            f"a call to {nodes}, ms beside its round trip of {call.round_trip * 1e3:.2f}: {_curves(parts)}"
-        )
+        trip = f"{call.round_trip * 1e3:.2f} ({call.message * 1e3:.2f} of processor time here)"
+        lines.append(f"a call to {nodes}, ms beside its round trip of {trip}: {_curves(parts)}")
     for depth, tokens in sorted(bench.yields.items()):
         lines.append(f"{depth} drafts a step give {tokens:.2f} tokens")
     return lines

@@ -83,8 +83,9 @@ class ClientCost:
 
 @dataclass(frozen=True)
 class CallCost:
-    """Seconds of one layer's call to its nodes. `round_trip` is that of an empty message, of which `message`
-    keeps the client busy; `nbytes` of one row, both ways, pass at `bandwidth` bytes/s (0: any).
+    """Seconds of one layer's call to its `nodes`. `round_trip` is that of an empty message to one of them, of
+    which `message` keeps the client busy; `nbytes` of one row, both ways, pass at `bandwidth` bytes/s (0:
+    any).
 
     By rows: `send` and `combine` are the client's work before and after, `handling` what transport and node
     take beside the link and the arithmetic, `experts` the arithmetic of the slowest node.
@@ -96,8 +97,17 @@ class CallCost:
     combine: Curve = ZERO
     handling: Curve = ZERO
     message: float = 0.0
+    nodes: int = 1
     nbytes: float = 0.0
     bandwidth: float = 0.0
+
+    def shares(self, rows: float) -> tuple[float, float, float]:
+        """Where a call's seconds beside arithmetic, `send` and `combine` go: to the client, to the nodes, and
+        to the link, each way. Of handling the other nodes' messages are the client's, or half if that is more.
+        """
+        message, handling = min(self.message, self.round_trip), self.handling.at(rows)
+        here = max(handling / 2, min(handling, (self.nodes - 1) * message))
+        return message + here, handling - here, (self.round_trip - message + self.transfer(rows)) / 2
 
     def transfer(self, rows: float) -> float:
         return rows * self.nbytes / self.bandwidth if self.bandwidth else 0.0
@@ -198,8 +208,8 @@ def _prediction(tokens: float, terms: Mapping[str, float]) -> Prediction:
 
 
 def _alternate(setup: Setup, sizes: Sequence[int]) -> tuple[float, float, float]:
-    """Follows groups of `sizes` rows through their steps, on one client and one queue per kind of call. Half
-    of what handling a call takes keeps the client busy, half the nodes.
+    """Follows groups of `sizes` rows through their steps, on one client and one queue per kind of call, which
+    share what a call takes as `CallCost.shares` says.
 
     Seconds of a step of all groups once steady, and how long client and busiest nodes work in it.
     """
@@ -220,8 +230,7 @@ def _alternate(setup: Setup, sizes: Sequence[int]) -> tuple[float, float, float]
         now = ready
         before = stages[layer - 1] if layer else None
         if before is not None:
-            taken = before.message + before.handling.at(rows) / 2
-            now = work("client", now, taken + before.combine.at(rows))
+            now = work("client", now, before.shares(rows)[0] + before.combine.at(rows))
         if layer == len(stages):
             handed_out = client.head.at(rows) + client.step.at(rows) + rows * client.token.at(rows)
             now = work("client", now, handed_out)
@@ -236,8 +245,8 @@ def _alternate(setup: Setup, sizes: Sequence[int]) -> tuple[float, float, float]
             continue
         sent = work("client", now, call.send.at(rows))
         computed = work("client", sent, dense)
-        way = (max(0.0, call.round_trip - call.message) + call.transfer(rows)) / 2
-        answered = work(id(call), sent + way, call.experts.at(rows) + call.handling.at(rows) / 2)
+        _, there, way = call.shares(rows)
+        answered = work(id(call), sent + way, call.experts.at(rows) + there)
         back = answered + way
         heappush(waiting, (max(back, computed), group, layer + 1))
     half = STEPS // 2

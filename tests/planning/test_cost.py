@@ -133,6 +133,16 @@ def test_a_message_keeps_the_client_from_other_groups_only() -> None:
     assert more == pytest.approx(2 * 6 * 0.4 * MS, rel=0.03)
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 5])
+@pytest.mark.parametrize(("message", "round_trip"), [(0.0, 2.0), (0.1, 2.0), (0.4, 0.2), (3.0, 2.0)])
+def test_a_calls_shares_are_all_of_it(nodes: int, message: float, round_trip: float) -> None:
+    call = replace(CALL, nodes=nodes, message=message * MS, round_trip=round_trip * MS)
+    here, there, way = call.shares(3)
+    assert here + there + 2 * way == pytest.approx((round_trip + 0.15) * MS + call.transfer(3))
+    assert min(here, there, way) >= 0
+    assert here >= call.handling.at(3) / 2
+
+
 def test_nodes_that_are_never_idle_bind() -> None:
     found = batched(setup(call=replace(CALL, round_trip=0.0, experts=Curve.constant(9 * MS))), 8)
     assert found.binds == "node experts"

@@ -90,9 +90,10 @@ INLINE void int4_tile(const int R, const int B, const int few, const Matrix *m, 
     }
     vf total[4][2][NV];
     memset(total, 0, sizeof total);
+    const int64_t jump = rows.groups > AHEAD ? rows.groups - AHEAD : 0;
     int64_t ahead = AHEAD * 256, scales_ahead = AHEAD * halves;
     for (int64_t g = 0; g < rows.groups; g++) {
-        if (g + AHEAD == rows.groups) { /* what comes after a tile is the next one's first block */
+        if (g == jump) { /* after the end of a block comes the same block of the next tile */
             ahead += (B - 1) * words * 4;
             scales_ahead += (B - 1) * rows.groups * halves;
         }
