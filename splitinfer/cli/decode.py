@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -269,13 +269,15 @@ class Bench:
         arrivals: list[list[float]] = [[] for _ in range(streams)]
 
         async def follow(number: int) -> None:
-            async for _ in engine.stream(
-                _prompt(engine), max_tokens=self.effort.tokens, seed=number, **SAMPLING
-            ):
-                arrivals[number].append(perf_counter())
+            # Until the last of them has its tokens: the first may have its own before that one begins.
+            async with aclosing(engine.stream(_prompt(engine), seed=number, **SAMPLING)) as pieces:
+                async for _ in pieces:
+                    arrivals[number].append(perf_counter())
+                    if min(map(len, arrivals)) >= self.effort.tokens:
+                        return
 
         await asyncio.gather(*(follow(number) for number in range(streams)))
-        # From the time that the last of them has its first token until the first has its last one.
+        # From the time that the last of them has its first token until the first of them stops.
         begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
         return sum(_rate([at for at in times if begin <= at <= end]) for times in arrivals)
 

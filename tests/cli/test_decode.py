@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import pytest
 
 from splitinfer.cli import bench_decode, decode
 from splitinfer.cli.calibration import Effort
+from splitinfer.engine_config import EngineConfig
 from splitinfer.planning.cost import Prediction
 from tests.cli.conftest import Cli, listening
+
+if TYPE_CHECKING:
+    from splitinfer.engine import AsyncEngine
+
+SHORT = Effort(steps=3, calls=5, pings=3, tokens=6, passes=1)
+Tokens = AsyncGenerator[None, None]
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_decode, "EFFORT", Effort(steps=3, calls=5, pings=3, tokens=6, passes=1))
+    monkeypatch.setattr(bench_decode, "EFFORT", SHORT)
     monkeypatch.setattr(bench_decode, "STREAMS", 2)
     monkeypatch.setattr(decode, "AT_LEAST", 0.0)
 
@@ -71,6 +82,27 @@ def test_nodes_that_run_and_the_drafter_that_comes_with_the_model(cli: Cli) -> N
         assert text in ran.out
     for text in ("a layer on this machine, ms: attention", "a call to 1 node, ms", "4 drafts a step give"):
         assert text in ran.err
+
+
+def test_a_stream_that_begins_late_is_waited_for() -> None:
+    late, given = asyncio.Event(), list[int]()
+
+    class Uneven:
+        tokenizer, config = None, SimpleNamespace(vocab_size=64)
+
+        async def stream(self, prompt: list[int], max_tokens: int = 256, **sampling: Any) -> Tokens:
+            if sampling["seed"]:
+                await late.wait()
+            for number in range(max_tokens):
+                if number == min(2 * SHORT.tokens, max_tokens - 1):
+                    late.set()
+                given.append(sampling["seed"])
+                yield
+                await asyncio.sleep(0)
+
+    bench = decode.Bench(Path("model"), EngineConfig(), [], effort=SHORT)
+    assert asyncio.run(bench._together(cast("AsyncEngine", Uneven()), 2)) > 0
+    assert given.count(1) == SHORT.tokens
 
 
 def test_a_pass_that_was_disturbed_decides_nothing() -> None:
