@@ -76,9 +76,9 @@ void prepare_row(const Matrix *m, Rows rows, int64_t row) {
 /* Blocks of a tile stay apart: interleaved, their sums would not fit the registers. */
 #define APART __asm__ volatile("" ::: "memory")
 
-/* R rows, B blocks. */
+/* R rows, B blocks from `block` on, every `step`th: so many long runs of memory are read at once. */
 INLINE void int4_tile(const int R, const int B, const int few, const Matrix *m, Rows rows, const int32_t *which,
-                      int64_t block, float *out) {
+                      int64_t block, int64_t step, float *out) {
     const int64_t words = rows.stride / 8 * 16, halves = scale_halves(m);
     const uint32_t *w = (const uint32_t *)m->weight + block * words;
     const uint16_t *s = m->scales + block * rows.groups * halves;
@@ -93,14 +93,14 @@ INLINE void int4_tile(const int R, const int B, const int few, const Matrix *m, 
     const int64_t jump = rows.groups > AHEAD ? rows.groups - AHEAD : 0;
     int64_t ahead = AHEAD * 256, scales_ahead = AHEAD * halves;
     for (int64_t g = 0; g < rows.groups; g++) {
-        if (g == jump) { /* after the end of a block comes the same block of the next tile */
-            ahead += (B - 1) * words * 4;
-            scales_ahead += (B - 1) * rows.groups * halves;
+        if (g == jump && (block + 1) % step == 0) { /* after the last tile of a unit comes the next unit's first */
+            ahead += (B - 1) * step * words * 4;
+            scales_ahead += (B - 1) * step * rows.groups * halves;
         }
         UNROLL for (int b = 0; b < B; b++) {
             APART;
-            const uint32_t *words_at = w + b * words + g * 64;
-            const uint16_t *scales = s + (b * rows.groups + g) * halves;
+            const uint32_t *words_at = w + b * step * words + g * 64;
+            const uint16_t *scales = s + (b * step * rows.groups + g) * halves;
             UNROLL for (int line = 0; line < 4; line++)
                 __builtin_prefetch((const char *)(words_at + line * 16) + ahead);
             __builtin_prefetch(scales + scales_ahead);
@@ -114,20 +114,21 @@ INLINE void int4_tile(const int R, const int B, const int few, const Matrix *m, 
         UNROLL for (int r = 0; r < R; r++) x[r] += 32;
     }
     for (int r = 0; r < R; r++) for (int b = 0; b < B; b++)
-        for (int v = 0; v < NV; v++) store(out + r * UNIT + b * 16 + v * VL, total[r][b][v]);
+        for (int v = 0; v < NV; v++) store(out + r * UNIT + b * step * 16 + v * VL, total[r][b][v]);
 }
 
-/* `count` rows and as many blocks, two at a time where `B` is 2. */
+/* All blocks of a unit for R rows: B at a time, then what is left one by one. */
 #define BLOCKS(R, B, few) \
-    for (; b + B <= blocks; b += B) int4_tile(R, B, few, m, rows, which, first + b, out + b * 16);
+    { const int64_t step = blocks / B; \
+      for (int64_t b = 0; b < step; b++) int4_tile(R, B, few, m, rows, which, first + b, step, out + b * 16); \
+      for (int64_t b = step * B; b < blocks; b++) int4_tile(R, 1, few, m, rows, which, first + b, 1, out + b * 16); }
 
 void int4_unit(const Matrix *m, Rows rows, const int32_t *which, int64_t count, int64_t unit, float *out) {
     const int64_t first = unit * 4, blocks = smaller(4, (m->n + 15) / 16 - first), step = rows.few ? FEWEST : 4;
     for (; count > 0; count -= step, which += step, out += step * UNIT) {
-        int64_t b = 0;
-        if (rows.few && count == 1) { BLOCKS(1, 2, 1) BLOCKS(1, 1, 1) }
+        if (rows.few && count == 1) BLOCKS(1, 2, 1)
         else if (rows.few) BLOCKS(2, 1, 1)
-        else if (count == 1) { BLOCKS(1, 2, 0) BLOCKS(1, 1, 0) }
+        else if (count == 1) BLOCKS(1, 2, 0)
         else if (count == 2) BLOCKS(2, 1, 0)
         else if (count == 3) BLOCKS(3, 1, 0)
         else BLOCKS(4, 1, 0)
