@@ -19,7 +19,7 @@ from torch import Tensor
 from splitinfer.errors import UsageError
 from splitinfer.model.config import AttentionConfig, ModelConfig
 
-__all__ = ["ROLLBACK", "Held", "KVCache", "grown"]
+__all__ = ["ROLLBACK", "Held", "KVCache", "Place", "grown"]
 
 ROLLBACK = 64  # rows that `truncate` can always take back: several verify windows of drafts
 MARGIN = 256  # rows of a sliding buffer beyond what has to stay: one move of the window per so many tokens
@@ -58,6 +58,17 @@ class Held(NamedTuple):
         return keys, values
 
 
+class Place(NamedTuple):
+    """Where new rows of a layer belong: behind `old` others in buffers [V, capacity, D], at these addresses.
+    They see the last `seen` of those besides their own."""
+
+    capacity: int
+    old: int
+    seen: int
+    keys: int
+    values: int
+
+
 def _as_int8(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     """A head's largest magnitude in a row becomes 127."""
     both = torch.stack((keys, values)).float()
@@ -80,6 +91,7 @@ class _Store:
         self.buffers = [torch.empty(shape, device=device, dtype=kind) for _ in ("keys", "values")]
         if int8:
             self.buffers += [torch.empty(shape[:2], device=device, dtype=torch.float16) for _ in range(2)]
+        self._addresses = (0, 0)
         self.base = 0
         self.rows = 0
 
@@ -91,6 +103,23 @@ class _Store:
         """Stores n rows from position `start` on, over whatever was there; returns all that they may see."""
         added = _as_int8(keys, values) if self.int8 else (keys, values)
         new = keys.shape[1]
+        room = self._room(start, new)
+        if room is None:
+            return self._replace(start, added, new)
+        old, seen = room
+        for buffer, rows in zip(self.buffers, added, strict=True):
+            buffer[:, old : old + new] = rows
+        return self.held(old - seen, old + new)
+
+    def place(self, start: int, new: int) -> Place | None:
+        """Where the caller is to put `new` rows from position `start` on. None where only `append` can: for
+        int8, and for a block larger than the buffer."""
+        room = None if self.int8 else self._room(start, new)
+        return None if room is None else Place(self.buffers[0].shape[1], *room, *self._addresses)
+
+    def _room(self, start: int, new: int) -> tuple[int, int] | None:
+        """Room in the buffers for n rows from position `start` on: behind how many others, and how many of
+        these they see. None for a block larger than the buffer."""
         old = start - self.base
         if old > self.rows:
             raise UsageError(f"rows {self.base + self.rows}-{start - 1} were never computed")
@@ -98,14 +127,12 @@ class _Store:
         if self.reach is not None and old + new > self.reach + ROLLBACK + MARGIN:
             keep = min(old, self.reach + ROLLBACK)
             if keep + new > self.reach + ROLLBACK + MARGIN:
-                return self._replace(start, old, seen, added, new)
+                return None
             self._move(old - keep, keep)
             old = keep
         self._reserve(old + new)
-        for buffer, rows in zip(self.buffers, added, strict=True):
-            buffer[:, old : old + new] = rows
         self.rows = old + new
-        return self.held(old - seen, old + new)
+        return old, seen
 
     def held(self, lo: int, hi: int) -> Held:
         """Views of rows `lo` to `hi` - 1."""
@@ -117,9 +144,11 @@ class _Store:
             buffer[:, :count] = buffer[:, lo : lo + count].clone()
         self.base += lo
 
-    def _replace(self, start: int, old: int, seen: int, added: Sequence[Tensor], new: int) -> Held:
+    def _replace(self, start: int, added: Sequence[Tensor], new: int) -> Held:
         """A block larger than the buffer: attention gets its own copy, the buffer the last rows of it."""
         assert self.reach is not None
+        old = start - self.base
+        seen = min(old, self.reach)
         older = (buffer[:, old - seen : old] for buffer in self.buffers)
         joined = [torch.cat(pair, 1) for pair in zip(older, added, strict=True)]
         keep = min(seen + new, self.reach + ROLLBACK)
@@ -139,6 +168,7 @@ class _Store:
             larger = buffer.new_empty((len(buffer), larger_capacity, *buffer.shape[2:]))
             larger[:, : self.rows] = buffer[:, : self.rows]
             self.buffers[i] = larger
+        self._addresses = (self.buffers[0].data_ptr(), self.buffers[1].data_ptr())
 
 
 class KVCache:
@@ -189,6 +219,11 @@ class KVCache:
         ones last; `seen` is `start`, or at most the window less one. Valid until the next append.
         """
         return self._stores[layer].append(start, keys, values)
+
+    def place(self, layer: int, start: int, rows: int) -> Place | None:
+        """Where the keys and values of positions `start` to `start + rows - 1` are to be written, in place of
+        `append`; None where only that can do it. Valid until the next append or place."""
+        return self._stores[layer].place(start, rows)
 
     def held(self, layer: int, length: int) -> Held:
         """Views of one layer's keys and values [kv_heads, n, head_dim] of the first `length` tokens: the last

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from splitinfer.model.attention import Block, Rotation, attend
-from splitinfer.model.cache import KVCache
+from splitinfer.model.attention_kernel import AttentionKernel
+from splitinfer.model.cache import KVCache, Place
 from splitinfer.model.compute import took
 from splitinfer.model.config import ModelConfig
 from splitinfer.model.experts import Where
@@ -204,6 +205,17 @@ class DecoderLayer:
             dense_out_scale,
             self.eps,
         )
+        # Down to here the scales: all that comes before the experts in one call, where the kernels have it.
+        self.kernel: AttentionKernel | None = None
+        if AttentionKernel.fits(self.attention, self.routing):
+            self.kernel = AttentionKernel(
+                self.attention,
+                self.post_attention_scale,
+                self.dense_scale,
+                self.expert_scale,
+                self.routing,
+                self.mlp,
+            )
 
     def route(self, x: Tensor, step: Step, beside: Where = "here") -> Routed:
         """Attention, the choice of experts, and the inputs of both branches.
@@ -212,24 +224,43 @@ class DecoderLayer:
         happens, on the same thread. The reference has three norms here that differ only in their weights.
         """
         start = perf_counter()
-        attended = self.attention(x, step)
-        x, dense_input, expert_input, chosen, begun = self.ops.attention_out(
-            attended,
-            self.attention.output,
-            x,
-            self.post_attention_scale,
-            self.eps,
-            self.dense_scale,
-            self.expert_scale,
-            self.routing,
-            None if beside == "here" else self.mlp,
-            beside == "near",
-        )
+        places = self._places(step) if self.kernel is not None else None
+        if self.kernel is not None and places is not None:
+            x, dense_input, expert_input, chosen, begun = self.kernel(
+                x,
+                step.rotations[self.attention.kind],
+                places,
+                begins=beside != "here",
+                gives_way=beside == "near",
+            )
+        else:
+            x, dense_input, expert_input, chosen, begun = self.ops.attention_out(
+                self.attention(x, step),
+                self.attention.output,
+                x,
+                self.post_attention_scale,
+                self.eps,
+                self.dense_scale,
+                self.expert_scale,
+                self.routing,
+                None if beside == "here" else self.mlp,
+                beside == "near",
+            )
         if expert_input is not None and chosen is not None:
             expert_input, *choice = step.staging.to_host(expert_input, *chosen)
             chosen = choice[0], choice[1]
         step.record("attention", self.index, start)
         return Routed(x, dense_input, expert_input, chosen, begun)
+
+    def _places(self, step: Step) -> list[tuple[int, Place]] | None:
+        """How many rows each sequence has and where its keys and values go; None if one cannot say."""
+        places = []
+        for part in step.parts:
+            place = part.cache.place(self.index, part.start, part.hi - part.lo)
+            if place is None:
+                return None
+            places.append((part.hi - part.lo, place))
+        return places
 
     def dense(self, x: Tensor, step: Step) -> Tensor:
         start = perf_counter()

@@ -14,7 +14,7 @@ from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, is_bfloat16, kernels, no_memory
 from splitinfer.model.rows import Begun, Dense, Routing, TorchRows
 
-__all__ = ["RowKernels", "row_kernels", "row_ops"]
+__all__ = ["RowKernels", "address", "done", "row_kernels", "row_ops", "struct_of"]
 
 
 class RowKernels(TorchRows):
@@ -59,7 +59,7 @@ class RowKernels(TorchRows):
         out = torch.empty((rows, n), dtype=out_dtype)
         given = None if weight is None else weight.data_ptr()
         threads = torch.get_num_threads()
-        _done(
+        done(
             self._norm(
                 x.data_ptr(), is_bfloat16(x), rows, n, given, eps, out.data_ptr(), is_bfloat16(out), threads
             )
@@ -80,7 +80,7 @@ class RowKernels(TorchRows):
         rows, n = x.shape
         total, normed, one = torch.empty_like(x), torch.empty((rows, n)), torch.empty_like(x)
         two = None if second is None else torch.empty_like(x)
-        _done(
+        done(
             self._residual(
                 x.data_ptr(), y.data_ptr(), _same(x, y), rows, n, weight.data_ptr(), eps, first.data_ptr(),
                 None if second is None else second.data_ptr(),
@@ -104,7 +104,7 @@ class RowKernels(TorchRows):
         rows, n = x.shape
         out = torch.empty_like(x)
         bfloat16 = _same(x, dense) if moe is None else _same(x, dense, moe)
-        _done(
+        done(
             self._combine(
                 x.data_ptr(), dense.data_ptr(), None if moe is None else moe.data_ptr(), bfloat16, rows, n,
                 None if moe_weight is None else moe_weight.data_ptr(), weight.data_ptr(), eps, scalar,
@@ -132,7 +132,7 @@ class RowKernels(TorchRows):
         turning, size = weight.shape
         turned = torch.empty((rows, turning, size), dtype=dtype)
         value = torch.empty((rows, values, size), dtype=dtype)
-        _done(
+        done(
             self._heads(
                 projected.data_ptr(), rows, width, size, turning, width // size - values, values,
                 value_norm, weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), eps, turned.data_ptr(),
@@ -145,7 +145,7 @@ class RowKernels(TorchRows):
         """gelu(first half) * second half of x [rows, 2 * n] float32, to [rows, n]."""
         rows, width = x.shape
         out = torch.empty((rows, width // 2))
-        _done(self._gated(x.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()))
+        done(self._gated(x.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()))
         return out
 
     def choose(self, scores: Tensor, k: int, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ class RowKernels(TorchRows):
         and rounds once."""
         rows, n = out.shape
         addresses = (ctypes.c_void_p * len(parts))(*parts)
-        _done(
+        done(
             self._sum(
                 ctypes.addressof(addresses), len(parts), rows, n, out.data_ptr(), is_bfloat16(out),
                 torch.get_num_threads(),
@@ -187,7 +187,7 @@ class RowKernels(TorchRows):
         rows, (turning, size) = x.shape[0], weight.shape
         turned = torch.empty((rows, turning, size), dtype=x.dtype)
         value = torch.empty((rows, values, size), dtype=x.dtype)
-        _done(
+        done(
             self._attention_in(
                 ctypes.addressof(projections.matrices), len(projections.matrices), x.data_ptr(), rows,
                 norm.data_ptr(), eps, size, turning, values, value_norm, weight.data_ptr(), cos.data_ptr(),
@@ -221,16 +221,16 @@ class RowKernels(TorchRows):
             router, scale, third = routing.proj.matrices, routing.per_expert_scale, routing.scale
             k = routing.top_k
             index, weights = torch.empty((rows, k), dtype=torch.int16), torch.empty((rows, k))
-        network = None if beside is None or not beside.fuses else _struct_of(beside)
+        network = None if beside is None or not beside.fuses else struct_of(beside)
         dense = None if network is None else torch.empty_like(x)
         handle = ctypes.c_void_p()
-        _done(
+        done(
             self._attention_out(
                 ctypes.addressof(output.matrices), None if router is None else ctypes.addressof(router),
                 attended.data_ptr(), x.data_ptr(), _same(x, attended), rows, weight.data_ptr(), eps,
-                first.data_ptr(), _pointer(second), _pointer(third), total.data_ptr(), one.data_ptr(),
-                _pointer(two), k, _pointer(scale), _pointer(index), _pointer(weights), network,
-                _pointer(dense), gives_way, ctypes.addressof(handle), torch.get_num_threads(),
+                first.data_ptr(), address(second), address(third), total.data_ptr(), one.data_ptr(),
+                address(two), k, address(scale), address(index), address(weights), network,
+                address(dense), gives_way, ctypes.addressof(handle), torch.get_num_threads(),
             )
         )  # fmt: skip
         begun = None if dense is None or handle.value is None else Begun(handle.value, one, dense)
@@ -241,9 +241,9 @@ class RowKernels(TorchRows):
             return super().mlp(x, dense)
         x = x.contiguous()
         out = torch.empty((x.shape[0], dense.down.out_features), dtype=x.dtype)
-        _done(
+        done(
             self._mlp(
-                _struct_of(dense), x.data_ptr(), x.shape[0], out.data_ptr(), is_bfloat16(x),
+                struct_of(dense), x.data_ptr(), x.shape[0], out.data_ptr(), is_bfloat16(x),
                 torch.get_num_threads(),
             )
         )  # fmt: skip
@@ -266,21 +266,23 @@ class _Mlp(ctypes.Structure):
     )
 
 
-def _struct_of(dense: Dense) -> int:
+def struct_of(dense: Dense) -> int:
     """Its address."""
     if dense.struct is None:
         matrices, down = dense.gate_up.matrices, dense.down.matrices
         dense.struct = _Mlp(
-            ctypes.addressof(matrices), ctypes.addressof(down), len(matrices), _pointer(dense.norm), dense.eps
+            ctypes.addressof(matrices), ctypes.addressof(down), len(matrices), address(dense.norm), dense.eps
         )
     return ctypes.addressof(dense.struct)
 
 
-def _pointer(x: Tensor | None) -> int | None:
+def address(x: Tensor | None) -> int | None:
+    """None for none."""
     return None if x is None else x.data_ptr()
 
 
-def _done(failed: int) -> None:
+def done(failed: int) -> None:
+    """Raises CapacityError where a kernel had no memory."""
     if failed:
         raise no_memory(1)
 

@@ -102,4 +102,10 @@ INLINE void gated_row(const float *gate, int64_t n, float *to) {
 int splitinfer_choose(const float *scores, int64_t rows, int64_t n, int64_t k, const float *scale, int16_t *index,
                       float *weights);
 
+/* See attention.c. */
+int splitinfer_attend(const void *queries, const void *keys, const void *values, const uint16_t *key_scales,
+                      const uint16_t *value_scales, void *out, int bfloat16, int64_t rows, int64_t heads,
+                      int64_t kv_heads, int64_t size, int64_t seen, int64_t kv_stride, int64_t scale_stride,
+                      int64_t window, int threads);
+
 #endif

@@ -3,6 +3,7 @@
 #include "rows.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* A member's own floats in memory that has `each` for every one of them. */
 static float *own(const Member *member, float *memory, int64_t each) { return memory + member->index * each; }
@@ -101,4 +102,68 @@ int splitinfer_attention_out(const Matrix *output, const Matrix *router, const v
     if (router) splitinfer_choose(scores, rows, router->n, chosen, expert_scale, index, weights);
     free(memory);
     return beside && !*begun ? -1 : 0;
+}
+
+/* What a layer's attention has of its own, and what follows it: as `splitinfer_attention_in` and `_out` have it. */
+typedef struct {
+    const Matrix *projections, *output, *router;
+    const float *norm, *head_scale, *post, *first, *second, *third, *expert_scale;
+    const Mlp *beside;
+    int64_t count, size, turning, values, window, chosen; /* count: of projections; window 0: all */
+    float eps;
+    int32_t value_norm;
+} Attention;
+
+/* A sequence's part of the rows: `rows` of them, and its buffers of keys and values [values, capacity, size]. Theirs
+   go behind `old` others, of which they see the last `seen`. */
+typedef struct {
+    int64_t rows, capacity, old, seen;
+    uint8_t *keys, *values;
+} Sequence;
+
+/* Row r's keys and values to where its sequence keeps them, as its row `to`; then its queries behind those of the
+   rows before it. */
+static void keep(const Attention *a, const Sequence *sequence, int64_t r, int64_t to, uint8_t *turned,
+                 const uint8_t *value, int64_t head) {
+    const int64_t heads = a->turning - a->values;
+    uint8_t *row = turned + r * a->turning * head;
+    for (int64_t h = 0; h < a->values; h++) {
+        const int64_t at = (h * sequence->capacity + to) * head;
+        memcpy(sequence->keys + at, row + (heads + h) * head, (size_t)head);
+        memcpy(sequence->values + at, value + (r * a->values + h) * head, (size_t)head);
+    }
+    memmove(turned + r * heads * head, row, (size_t)(heads * head));
+}
+
+/* `splitinfer_attention_in`, the rows' keys and values into the buffers of their sequences, in order, attention over
+   these, and `splitinfer_attention_out`: a layer up to its experts. With `beside_out` the dense network begins. */
+int splitinfer_attention(const Attention *a, const Sequence *sequences, int64_t count, const void *x, int bfloat16,
+                         int64_t rows, const float *cosine, const float *sine, void *sum, void *first_out,
+                         void *second_out, int16_t *index, float *weights, void *beside_out, int gives_way,
+                         void **begun, int threads) {
+    const int64_t head = a->size * (bfloat16 ? 2 : 4), heads = a->turning - a->values;
+    const int64_t in = lines(rows * a->turning * a->size), between = lines(rows * a->values * a->size);
+    uint8_t *turned = (uint8_t *)team_memory(in + between + rows * heads * a->size);
+    if (!turned) return -1;
+    uint8_t *value = turned + in * 4, *attended = value + between * 4;
+    int failed = splitinfer_attention_in(a->projections, (int)a->count, x, rows, a->norm, a->eps, a->size, a->turning,
+                                         a->values, a->value_norm, a->head_scale, cosine, sine, turned, value,
+                                         bfloat16, threads);
+    for (int64_t i = 0, r = 0; !failed && i < count; i++)
+        for (int64_t n = 0; n < sequences[i].rows; n++, r++)
+            keep(a, sequences + i, r, sequences[i].old + n, turned, value, head);
+    for (int64_t i = 0, r = 0; !failed && i < count; r += sequences[i++].rows) {
+        const Sequence *s = sequences + i;
+        const int64_t from = (s->old - s->seen) * head, at = r * heads * head;
+        failed = splitinfer_attend(turned + at, s->keys + from, s->values + from, 0, 0, attended + at, bfloat16, s->rows,
+                                   heads, a->values, a->size, s->seen + s->rows, s->capacity * a->size, 0, a->window,
+                                   threads);
+    }
+    if (!failed)
+        failed = splitinfer_attention_out(a->output, a->router, attended, x, bfloat16, rows, a->post, a->eps, a->first,
+                                          a->second, a->third, sum, first_out, second_out, a->chosen, a->expert_scale,
+                                          index, weights, beside_out ? a->beside : 0, beside_out, gives_way, begun,
+                                          threads);
+    free(turned);
+    return failed;
 }
