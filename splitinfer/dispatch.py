@@ -192,7 +192,8 @@ class RemoteExperts:
             if timeline.spans is not None:
                 for call in calls:
                     call.answer.add_done_callback(call.note_time)
-        return Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline))
+        sole = self._channels[calls[0].share.node] if len(calls) == 1 else None
+        return Pending(calls, lambda: self._combine(layer, wire, calls, deadline, timeline), sole)
 
     @property
     def _wide(self) -> str:

@@ -36,17 +36,55 @@ class ExpertCall:
 
 
 class Pending:
-    """What `dispatch` returns: awaiting it adds the partial sums, cancelling it gives the calls up."""
+    """What `dispatch` returns: awaiting it adds the partial sums, cancelling it gives the calls up.
 
-    __slots__ = ("_calls", "_combine")
+    Where there is one call, on `channel`, somebody with other work to do may `look` for its answer.
+    """
 
-    def __init__(self, calls: list[ExpertCall], combine: Callable[[], Coroutine[Any, Any, Tensor]]) -> None:
+    __slots__ = ("_calls", "_channel", "_combine", "_total")
+
+    def __init__(
+        self,
+        calls: list[ExpertCall],
+        combine: Callable[[], Coroutine[Any, Any, Tensor]],
+        channel: transport.Channel | None = None,
+    ) -> None:
         self._calls = calls
         self._combine = combine
+        self._channel = channel
+        self._total: asyncio.Future[Tensor] | None = None
+
+    @property
+    def file(self) -> int:
+        """The descriptor that can be read once the answer is there; -1 where there is none."""
+        return -1 if self._channel is None else self._channel.file
+
+    def look(self) -> None:
+        """Take the answer if it has come, and do with it all that there is to do."""
+        answer = self._calls[0].answer
+        if self._channel is None or self._total is not None:
+            return
+        if not answer.done():
+            self._channel.look()
+            if not answer.done():
+                return
+            self._calls[0].note_time(None)  # its callbacks come in the loop's next turn
+        if answer.cancelled() or answer.exception() is not None:
+            return  # whoever awaits this mends it
+        self._total = asyncio.get_running_loop().create_future()
+        combine = self._combine()
+        try:
+            combine.send(None)  # with the answer there it waits for nothing
+        except StopIteration as done:
+            self._total.set_result(done.value)
+        except Exception as error:
+            self._total.set_exception(error)
 
     def __await__(self) -> Generator[Any, None, Tensor]:
-        return self._combine().__await__()
+        return (self._combine() if self._total is None else self._total).__await__()
 
     def cancel(self) -> None:
         for call in self._calls:
             call.give_up()
+        if self._total is not None:
+            self._total.exception()  # seen, if there is one

@@ -24,12 +24,21 @@ from splitinfer.model.quantize import Packed, format_of
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
-__all__ = ["ExpertBank", "Experts", "LocalExperts", "Where", "expert_ids"]
+__all__ = ["Arriving", "ExpertBank", "Experts", "LocalExperts", "Where", "expert_ids"]
 
 T = TypeVar("T")
 
 
 Where: TypeAlias = Literal["here", "near", "away"]
+
+
+class Arriving(Protocol):
+    """What `Experts.dispatch` may return besides: a sum whose one answer is announced by `file`, a descriptor
+    that can be read then (-1: none is). `look` takes it if it is there."""
+
+    file: int
+
+    def look(self) -> None: ...
 
 
 class Experts(Protocol):

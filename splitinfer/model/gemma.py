@@ -6,7 +6,7 @@ Shape letters: rows (of all sequences in the step), H hidden_size, V vocab_size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,7 +179,8 @@ class Gemma:
             raise
         try:
             if to.dense is not None:
-                dense = layer.end_dense(to.dense, step)
+                coming: Any = routed
+                dense = layer.end_dense(to.dense, step, coming if getattr(routed, "file", -1) >= 0 else None)
             else:
                 dense = await compute(rows, layer.dense, to.dense_input, step)
         except BaseException:

@@ -22,7 +22,7 @@ from splitinfer.model.attention_kernel import AttentionKernel
 from splitinfer.model.cache import KVCache, Place
 from splitinfer.model.compute import took
 from splitinfer.model.config import ModelConfig
-from splitinfer.model.experts import Where
+from splitinfer.model.experts import Arriving, Where
 from splitinfer.model.front import Front
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
@@ -268,11 +268,18 @@ class DecoderLayer:
         step.record("dense", self.index, start)
         return x
 
-    def end_dense(self, begun: Begun, step: Step) -> Tensor:
-        """`dense`, which has begun: the rest of it."""
-        start = perf_counter()
-        x = self.ops.end_mlp(begun)
-        took(self.dense, step.record("dense", self.index, start) - start)
+    def end_dense(self, begun: Begun, step: Step, answer: Arriving | None = None) -> Tensor:
+        """`dense`, which has begun: the rest of it. An `answer` that comes meanwhile is taken while the other
+        threads go on."""
+        start, before = perf_counter(), 0.0
+        try:
+            if answer is not None and self.ops.mlp_until(begun, answer.file):
+                before = step.record("dense", self.index, start) - start
+                answer.look()
+                start = perf_counter()
+        finally:
+            x = self.ops.end_mlp(begun)
+        took(self.dense, before + step.record("dense", self.index, start) - start)
         return x
 
     def combine(self, residual: Tensor, dense: Tensor, moe: Tensor | None, step: Step) -> Tensor:

@@ -50,6 +50,7 @@ class RowKernels(TorchRows):
             *[pointer] * 5, integer, pointer, integer,
         )  # fmt: skip
         self._mlp = bind("mlp", pointer, pointer, size, pointer, integer, integer)
+        self._mlp_until = bind("mlp_until", pointer, integer)
         self._mlp_end = bind("mlp_end", pointer)
         self._mlp_end.restype = None
 
@@ -248,6 +249,9 @@ class RowKernels(TorchRows):
             )
         )  # fmt: skip
         return out
+
+    def mlp_until(self, begun: Begun, file: int) -> bool:
+        return bool(self._mlp_until(begun.handle, file))
 
     def end_mlp(self, begun: Begun) -> Tensor:
         self._mlp_end(begun.handle)

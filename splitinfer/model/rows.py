@@ -169,6 +169,11 @@ class TorchRows:
         out = dense.down(self.gated(dense.gate_up(x, torch.float32)), x.dtype)
         return out if dense.norm is None else self.norm(out, dense.norm, dense.eps, x.dtype)
 
+    def mlp_until(self, begun: Begun, file: int) -> bool:
+        """Works on what `attention_out` has begun, on this thread, until it is all but done or bytes can be
+        read from the descriptor `file`: True, and the other threads go on while somebody reads them."""
+        raise NotImplementedError
+
     def end_mlp(self, begun: Begun) -> Tensor:
         """The result of what `attention_out` has begun."""
         raise NotImplementedError

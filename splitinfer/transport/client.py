@@ -102,6 +102,13 @@ class Channel:
         if self._session is not None:
             self._session.look()
 
+    @property
+    def file(self) -> int:
+        """The descriptor of the socket that answers come from, for whoever waits for something else besides
+        and would `look` then; -1 while there is no connection."""
+        session = self._session
+        return -1 if session is None or session.link.closed else session.link.file
+
     async def call(
         self,
         method: str,

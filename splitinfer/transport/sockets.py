@@ -75,7 +75,7 @@ class Link:
         self._polling = Polling(loop, busy_poll)
         self._loop = loop
         self._sock = sock
-        self._fd = sock.fileno()
+        self.file = sock.fileno()
         self._tls = tls
         stream: Stream = tls or sock
         self._recv_into, self._send, self._sendmsg = stream.recv_into, stream.send, stream.sendmsg
@@ -87,7 +87,7 @@ class Link:
         self._untold = 0  # messages that were read and are still to be passed on
         self._looks = 0  # since the loop told of bytes here
         self._idle: asyncio.Future[None] | None = None
-        loop.add_reader(self._fd, self._event)
+        loop.add_reader(self.file, self._event)
         self._timer = loop.call_later(TICK_SECONDS, self._tick)
         if tls is not None:
             loop.call_soon(self._read_rest)
@@ -140,7 +140,7 @@ class Link:
     def _write_later(self) -> None:
         if not self._writing:
             self._writing = True
-            self._loop.add_writer(self._fd, self._writable)
+            self._loop.add_writer(self.file, self._writable)
 
     def _writable(self) -> None:
         if self.closed:
@@ -151,7 +151,7 @@ class Link:
                 self._read_again()
             return
         self._writing = False
-        self._loop.remove_writer(self._fd)
+        self._loop.remove_writer(self.file)
         self._read_again()
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
@@ -160,7 +160,7 @@ class Link:
         """The client takes its answers again."""
         if self._paused and not self.closed:
             self._paused = False
-            self._loop.add_reader(self._fd, self._event)
+            self._loop.add_reader(self.file, self._event)
             self._loop.call_soon(self._read_rest)
 
     def _event(self) -> None:
@@ -191,7 +191,7 @@ class Link:
                         # Answers pile up that the client does not read: take no more calls. A client goes on
                         # reading, so that the two never wait for each other.
                         self._paused = True
-                        self._loop.remove_reader(self._fd)
+                        self._loop.remove_reader(self.file)
                 # While the answers are on their way, not before.
                 self._buffer = inbox.buffer()
                 if nbytes < room and (tls is None or not tls.more):
@@ -244,8 +244,8 @@ class Link:
         self.closed = True
         self._timer.cancel()
         self._polling.came()  # nothing more will
-        self._loop.remove_reader(self._fd)
-        self._loop.remove_writer(self._fd)
+        self._loop.remove_reader(self.file)
+        self._loop.remove_writer(self.file)
         if self._tls is not None:
             self._tls.close()
         self._sock.close()

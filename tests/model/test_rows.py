@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -212,3 +214,28 @@ def test_a_dense_network_begun_beside_gives_the_same(rows: int, threads: int) ->
             assert torch.equal(ops.end_mlp(begun), ops.mlp(given, dense))
     finally:
         torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_others_go_on_while_an_answer_is_read(rows: int, threads: int) -> None:
+    ops, before = row_ops(torch.device("cpu"), torch.float32), torch.get_num_threads()
+    hidden, (file, other) = 512, os.pipe()
+    output, x, attended, scale = linear(hidden, 64, "int4"), draw(rows, hidden), draw(rows, 64), draw(hidden)
+    dense = Dense(linear(1024, hidden, "int8"), linear(hidden, 512, "int8"), scale, EPS)
+    torch.set_num_threads(threads)
+    try:
+        for come in (False, True):
+            if come:
+                os.write(other, b"x")
+            _, given, _, _, begun = ops.attention_out(
+                attended, output, x, scale, EPS, scale, None, None, dense
+            )
+            assert begun is not None
+            assert ops.mlp_until(begun, file) is (come and threads > 1)
+            assert torch.equal(ops.end_mlp(begun), ops.mlp(given, dense))
+    finally:
+        torch.set_num_threads(before)
+        os.close(file)
+        os.close(other)

@@ -105,9 +105,11 @@ def test_calls_in_flight_fail_at_once_and_the_next_one_connects_again() -> None:
                     await call
                 assert caught.value.peer == channel.address
             assert not channel.connected
+            assert channel.file == -1
             server = await again(channel.address, {"run": 2})
             assert (await channel.call("echo", [np.arange(3)])).tensors[0].numpy().tolist() == [0, 1, 2]
             assert channel.connected
+            assert channel.file >= 0
             assert channel.info == {"run": 2}
             assert (channel.stats.connects, channel.stats.calls) == (2, 4)
             await server.close()

@@ -178,7 +178,7 @@ static void attend_work(void *given, Member *member) {
     const int loop = team_loop(member);
     float *memory = aligned_alloc(64, a->nbytes);
     if (!memory) atomic_store(&a->failed, 1);
-    for (int64_t item, end; memory && team_take(member, loop, across * a->tiles, &item, &end);)
+    for (int64_t item, end; memory && team_take(member, loop, across * a->tiles, INT64_MAX, &item, &end);)
         for (; item < end; item++) {
             int64_t row = item / across * a->height, first = item / c->kv_heads % a->parts * a->part;
             int64_t kv_head = item % c->kv_heads;

@@ -176,13 +176,13 @@ static void experts_work(void *given, Member *member) {
     for (int64_t r = team_share(member, c->rows, 0); r < team_share(member, c->rows, 1); r++)
         enter_row(c->first, p->source, r, c->x, c->x_bfloat16);
     team_meet(member);
-    for (int64_t piece, end; team_take(member, inner, pieces, &piece, &end);)
+    for (int64_t piece, end; team_take(member, inner, pieces, INT64_MAX, &piece, &end);)
         for (; piece < end; piece++) gate_and_up(p, c->gate_up, c->used, piece);
     team_meet(member);
     for (int64_t i = team_share(member, held, 0); i < team_share(member, held, 1); i++)
         activate(p, c->second, i, c->out_kind == SUM_FIXED ? c->weights[p->order[i]] : 1.0f);
     team_meet(member);
-    for (int64_t i, end; total && team_take(member, outer, (units + c->strip - 1) / c->strip, &i, &end);)
+    for (int64_t i, end; total && team_take(member, outer, (units + c->strip - 1) / c->strip, INT64_MAX, &i, &end);)
         for (; i < end; i++) strip_of_sums(c, i * c->strip, smaller(units, (i + 1) * c->strip), total);
     free(total);
 }

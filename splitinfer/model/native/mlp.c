@@ -2,6 +2,7 @@
 #include "mlp.h"
 #include "rows.h"
 
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -14,6 +15,7 @@ typedef struct {
     int bfloat16;
     int64_t size; /* of the first product, in multiplications */
     Member member;
+    int loop; /* the second product's, where the caller is at it already; -1 */
 } Run;
 
 static Run *new_run(const Mlp *mlp, const void *x, int64_t rows, void *out, int bfloat16, int gives_way) {
@@ -25,7 +27,7 @@ static Run *new_run(const Mlp *mlp, const void *x, int64_t rows, void *out, int 
     float *entered = memory + own, *halves = entered + first, *gated = halves + between, *sums = gated + second;
     Run *run = (Run *)memory;
     *run = (Run){
-        .mlp = *mlp, .x = x, .out = out, .bfloat16 = bfloat16, .size = rows * down->k * up->k,
+        .mlp = *mlp, .x = x, .out = out, .bfloat16 = bfloat16, .size = rows * down->k * up->k, .loop = -1,
         .gate_up = {up, (int)mlp->count, rows_at(up, rows, entered), rows, halves, 0, 0, gives_way},
         .down = {down, 1, rows_at(down, rows, gated), rows, sums, 0, 0, gives_way},
     };
@@ -36,11 +38,11 @@ static void enter(const Run *a, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) enter_row(a->mlp.gate_up, a->gate_up.prepared, r, a->x, a->bfloat16);
 }
 
-static void work(void *given, Member *member) {
-    const Run *a = given;
+/* The first product and what becomes of its rows. */
+static void widen(const Run *a, Member *member) {
     const Matrix *down = a->mlp.down;
     const Rows hidden = a->down.prepared;
-    const int64_t inner = down->k, n = down->n;
+    const int64_t inner = down->k;
     const int64_t begin = team_share(member, a->down.rows, 0), end = team_share(member, a->down.rows, 1);
     if (!a->gate_up.entered) enter(a, begin, end);
     product_pieces(member, a->gate_up);
@@ -50,12 +52,24 @@ static void work(void *given, Member *member) {
         memset(row + inner, 0, (size_t)(hidden.stride - inner) * 4);
         prepare_row(down, hidden, r);
     }
-    product_pieces(member, a->down);
+}
+
+/* What becomes of the second one's. */
+static void leave(const Run *a, const Member *member) {
+    const int64_t n = a->mlp.down->n;
+    const int64_t begin = team_share(member, a->down.rows, 0), end = team_share(member, a->down.rows, 1);
     for (int64_t r = begin; r < end; r++) {
         float *row = (float *)a->down.out + r * n, scale = a->mlp.norm ? root(row, n, a->mlp.eps) : 1.0f;
         for (int64_t i = 0; a->mlp.norm && i < n; i++) row[i] = row[i] * scale * a->mlp.norm[i];
         write_row(row, n, a->out, a->bfloat16, r * n);
     }
+}
+
+static void work(void *given, Member *member) {
+    const Run *a = given;
+    widen(a, member);
+    product_pieces(member, a->down);
+    leave(a, member);
 }
 
 static int team_of(const Run *run, int threads) { return run->size > PARALLEL_FROM ? threads : 1; }
@@ -78,9 +92,31 @@ void *mlp_begin(const Mlp *mlp, const void *x, int64_t rows, void *out, int bflo
     return run;
 }
 
+enum { PIECES_PER_LOOK = 2 };
+
+/* By the thread that began it, where it waits for bytes from `file` besides: works with the others, and returns 1 as
+   soon as there are any while the second product goes on without this thread; 0 where it is all but done.
+   `splitinfer_mlp_end` follows either way. */
+int splitinfer_mlp_until(void *begun, int file) {
+    Run *run = begun;
+    if (run->member.count == 1) return 0; /* nobody would go on */
+    widen(run, &run->member);
+    run->loop = product_begin(&run->member, &run->down);
+    struct pollfd bytes = {.fd = file, .events = POLLIN};
+    do
+        if (poll(&bytes, 1, 0) > 0) return 1;
+    while (product_take(&run->member, &run->down, run->loop, PIECES_PER_LOOK));
+    return 0;
+}
+
 /* By the thread that began it. */
 void splitinfer_mlp_end(void *begun) {
     Run *run = begun;
-    team_end(run->member, work, run);
+    if (run->loop < 0) team_end(run->member, work, run);
+    else {
+        product_end(&run->member, &run->down, run->loop);
+        leave(run, &run->member);
+        team_part(run->member);
+    }
     free(run);
 }

@@ -37,19 +37,29 @@ static void product_piece(const Product *p, int64_t width, int64_t units, int64_
         write_row(part + r * UNIT, channels, p->out, p->out_bfloat16, (first + r) * width + before + unit * UNIT);
 }
 
-void product_pieces(Member *member, Product p) {
-    const int64_t chunks = (p.rows + CHUNK - 1) / CHUNK;
+int product_begin(Member *member, const Product *p) {
     const int loop = team_loop(member);
-    int64_t width = 0, units = 0;
-    for (int i = 0; i < p.count; i++) width += p.matrices[i].n, units += units_of(p.matrices[i].n);
-    if (!p.entered) team_meet(member);
-    for (int64_t piece, end; team_take(member, loop, chunks * units, &piece, &end);)
-        for (; piece < end; piece++) {
-            if (p.gives_way && piece % PIECES_PER_GIFT == 0) team_give_way();
-            product_piece(&p, width, units, piece);
-        }
+    if (!p->entered) team_meet(member);
+    return loop;
+}
+
+int product_take(Member *member, const Product *p, int loop, int64_t most) {
+    int64_t width = 0, units = 0, piece, end;
+    for (int i = 0; i < p->count; i++) width += p->matrices[i].n, units += units_of(p->matrices[i].n);
+    if (!team_take(member, loop, (p->rows + CHUNK - 1) / CHUNK * units, most, &piece, &end)) return 0;
+    for (; piece < end; piece++) {
+        if (p->gives_way && piece % PIECES_PER_GIFT == 0) team_give_way();
+        product_piece(p, width, units, piece);
+    }
+    return 1;
+}
+
+void product_end(Member *member, const Product *p, int loop) {
+    while (product_take(member, p, loop, INT64_MAX)) {}
     team_meet(member);
 }
+
+void product_pieces(Member *member, Product p) { product_end(member, &p, product_begin(member, &p)); }
 
 typedef struct {
     Product product;

@@ -132,6 +132,10 @@ Member team_begin(int threads, void (*work)(void *, Member *), void *arg) {
 
 void team_end(Member member, void (*work)(void *, Member *), void *arg) {
     work(arg, &member);
+    team_part(member);
+}
+
+void team_part(Member member) {
     if (member.count == 1) return;
     team_meet(&member);
     pthread_mutex_unlock(&busy);
@@ -153,7 +157,7 @@ void team_give_way(void) {
 
 int team_loop(Member *member) { return member->loops++; }
 
-int team_take(Member *member, int loop, int64_t total, int64_t *from, int64_t *to) {
+int team_take(Member *member, int loop, int64_t total, int64_t most, int64_t *from, int64_t *to) {
     if (member->count == 1) { /* another thread's team may be at work */
         *from = 0;
         *to = total;
@@ -163,6 +167,7 @@ int team_take(Member *member, int loop, int64_t total, int64_t *from, int64_t *t
     do {
         if (taken >= total) return 0;
         size = (total - taken) / (2 * member->count);
+        if (size > most) size = most;
         if (size < 1) size = 1;
     } while (!atomic_compare_exchange_weak_explicit(&loop_at[loop].next, &taken, taken + size,
                                                     memory_order_relaxed, memory_order_relaxed));

@@ -18,6 +18,7 @@ void team_run(int threads, void (*work)(void *arg, Member *member), void *arg);
    work, and nobody else has the team meanwhile. */
 Member team_begin(int threads, void (*work)(void *arg, Member *member), void *arg);
 void team_end(Member member, void (*work)(void *arg, Member *member), void *arg);
+void team_part(Member member); /* in place of the second, by who has done that work itself */
 
 /* Lets somebody else have this core: for work in pieces of some ten microseconds, beside a node on this machine,
    which wakes up for a moment at a time and is waited for. */
@@ -34,9 +35,9 @@ static inline int64_t team_share(const Member *member, int64_t total, int end) {
 
 /* A loop over `total` things whose runs are taken while it goes, longer ones first: every member names it by
    `team_loop`, at most LOOPS times in one run of the team, and works through *from to *to - 1 as long as
-   `team_take` returns 1. */
+   `team_take` returns 1. A run is no longer than `most`, but where there is one member. */
 enum { LOOPS = 8 };
 int team_loop(Member *member);
-int team_take(Member *member, int loop, int64_t total, int64_t *from, int64_t *to);
+int team_take(Member *member, int loop, int64_t total, int64_t most, int64_t *from, int64_t *to);
 
 #endif
