@@ -1,5 +1,5 @@
-"""A few quantities from which every case of `bench --decode` is predicted: this machine's work by rows, calls
-by rows over one link, round trips of the others.
+"""A few quantities from which every case of `bench --decode` is predicted: this machine's work by rows over
+each link that is not slow, calls by rows over one, round trips of the others.
 
 The client's work is measured with experts that are not there: each layer waits for an empty message to come
 back instead of calling, or for a moment where there are no nodes, so that caches and cores are as idle as
@@ -13,8 +13,9 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from statistics import median
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from splitinfer.model.cache import KVCache
     from splitinfer.model.config import ModelConfig
     from splitinfer.model.experts import ExpertBank, Where
+    from splitinfer.transport import ClientConfig
 
-__all__ = ["ROWS", "Effort", "calibrate_calls", "calibrate_client", "calibrate_drafter"]
+__all__ = ["ROWS", "Effort", "calibrate_calls", "calibrate_client", "calibrate_drafter", "pings"]
 
 ROWS = (1, 2, 4, 8)
 GROUP = 4  # sequences in a step of several: half of the table's streams
@@ -109,10 +111,36 @@ def _without_experts(engine: AsyncEngine) -> Iterator[_Absent]:
         model.experts = there
 
 
+async def pings(
+    address: str, config: ClientConfig | None, count: int, settle: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
+    """Of an empty message and its answer, medians: the seconds that pass, and those for which this thread
+    works where nobody polls for it. Sending is in these, which `send` has too: more than an answer takes,
+    as turning to another group does. `settle` is called once connected."""
+    from splitinfer.transport import ClientConfig, connect
+
+    async def each(config: ClientConfig, clock: Callable[[], float]) -> float:
+        async with await connect(address, config=config) as channel:
+            settle()
+            at = [clock()]
+            for _ in range(count):
+                await channel.ping()
+                at.append(clock())
+        return median(b - a for a, b in pairwise(at))
+
+    config = config or ClientConfig()
+    return await each(config, perf_counter), await each(replace(config, busy_poll=0.0), thread_time)
+
+
 async def calibrate_calls(
-    experts: RemoteExperts, config: ModelConfig, dtype: torch.dtype, round_trip: float, effort: Effort
+    experts: RemoteExperts,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    message: tuple[float, float],
+    effort: Effort,
 ) -> CallCost:
-    """What calls of 1 to 8 rows of `dtype` cost, over a link of that round trip."""
+    """What calls of 1 to 8 rows of `dtype` cost, over a link on which an empty message takes so long and so
+    much work here (as `pings` has it)."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -133,6 +161,7 @@ async def calibrate_calls(
                     taken[name].append(seconds)
         for name, found in taken.items():
             parts[name][rows] = median(found)
+    round_trip, work = message
     handling = {rows: max(0.0, seconds - round_trip) for rows, seconds in parts["network"].items()}
     return CallCost(
         round_trip,
@@ -140,6 +169,8 @@ async def calibrate_calls(
         send=Curve.of(parts["dispatch"]),
         combine=Curve.of(parts["combine"]),
         handling=Curve.of(handling),
+        message=work,
+        nodes=len(experts.nodes),
     )
 
 

@@ -1,8 +1,9 @@
 """Decoding for real beside what was predicted for it: the cases of `bench --decode`.
 
 A case is predicted from the calibration (`splitinfer.cli.calibration`) and then run. Calls are calibrated
-over the first link only; of the others only the round trip of an empty message is known beforehand. How many
-drafts are right is not a matter of time: it is taken from decoding the same text.
+over the first link only; of the others only the round trip of an empty message is known beforehand, and,
+where that is short, what this machine's own work costs after such a wait. How many drafts are right is not a
+matter of time: it is taken from decoding the same text.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from time import perf_counter, thread_time
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from splitinfer.cli.calibration import (
@@ -25,6 +25,7 @@ from splitinfer.cli.calibration import (
     calibrate_calls,
     calibrate_client,
     calibrate_drafter,
+    pings,
 )
 from splitinfer.cli.console import busy, run
 from splitinfer.planning.cost import CallCost, ClientCost, Prediction, Setup, batched, drafted, plain
@@ -111,7 +112,7 @@ class Bench:
     drafter: str | None = None
     settle: Callable[[], None] = lambda: None
     effort: Effort = Effort()  # noqa: RUF009 -- it is frozen
-    client: ClientCost | None = None
+    clients: dict[str, ClientCost] = field(default_factory=dict)
     calls: dict[str, CallCost] = field(default_factory=dict)
     yields: dict[int, float] = field(default_factory=dict)
 
@@ -139,7 +140,7 @@ class Bench:
             return
 
         def calibrate() -> list[float]:
-            self.client = None
+            self.clients.clear()
             return run(self._calibrate(nodes, addresses, cases))
 
         with busy(f"{nodes}: calibrating"):
@@ -147,17 +148,26 @@ class Bench:
         for link, trip in zip(self.links, trips, strict=True):
             for case in cases if link in links else ():
                 with busy(f"{nodes}, {link.name}: {case.name}"):
-                    predicted = self._predict(replace(self.calls[nodes], round_trip=trip), case)
+                    call = replace(self.calls[nodes], round_trip=trip)
+                    predicted = self._predict(self._client_over(link), call, case)
                     measured, others = beside_others(partial(self._decode_once, addresses, link, case))
                 yield Decoded(link.name, nodes, case.name, trip, predicted, measured, others)
 
     def _decode_once(self, addresses: Sequence[str], link: Link, case: Case) -> float:
         return run(self._decode(addresses, link, case))
 
-    def _predict(self, call: CallCost, case: Case) -> Prediction:
-        assert self.client is not None
+    @property
+    def client(self) -> ClientCost | None:
+        """Over the first link."""
+        return self.clients.get(self.links[0].name)
+
+    def _client_over(self, link: Link) -> ClientCost:
+        """Over that link, or the slowest that it was measured over."""
+        return self.clients.get(link.name) or list(self.clients.values())[-1]
+
+    def _predict(self, client: ClientCost, call: CallCost, case: Case) -> Prediction:
         local = len(case.local)
-        setup = Setup(self.client, ((local, None), (self.layers - local, call)))
+        setup = Setup(client, ((local, None), (self.layers - local, call)))
         if case.streams > 1:
             return batched(setup, case.streams)
         return drafted(setup, case.depth, self.yields[case.depth]) if case.depth else plain(setup)
@@ -165,53 +175,43 @@ class Bench:
     async def _calibrate(self, nodes: str, addresses: Sequence[str], cases: Sequence[Case]) -> list[float]:
         """Learn what the cases need and is not known yet; the round trips of all links."""
         from splitinfer.dispatch import RemoteExperts
-        from splitinfer.model.experts import ExpertBank
 
-        trips = []
-        for link in self.links:
-            trips.append(await self._round_trip(addresses[0], link))
-        async with self._open(addresses, self.links[0]) as engine:
-            self.settle()
-            self.layers = engine.config.num_hidden_layers
-            experts = engine.model.experts
-            assert isinstance(experts, RemoteExperts)  # no layer is local yet
-            calls = await calibrate_calls(experts, engine.config, engine.model.dtype, trips[0], self.effort)
-            message = await self._message(addresses[0])
-            self.calls[nodes] = replace(calls, message=message, nodes=len(addresses))
-            bank = None
-            if any(case.local for case in cases):
-                every = {0: range(engine.config.num_experts)}
-                format = self.config.quant_config().experts
-                bank = ExpertBank(engine.checkpoint, every, dtype=self.config.torch_dtype(), format=format)
-            self.client = await calibrate_client(engine, bank, self.effort)
-            if self.drafter is not None:
-                depth = max(case.depth for case in cases)
-                cost = await calibrate_drafter(engine, self.drafter, depth, self.effort)
-                self.client = replace(self.client, draft=cost)
+        messages = [
+            await pings(addresses[0], self._transport(link), self.effort.pings, self.settle)
+            for link in self.links
+        ]
+        trips = [round_trip for round_trip, _ in messages]
+        for link, trip in zip(self.links, trips, strict=True):
+            if link is not self.links[0] and trip >= SLOW:
+                continue
+            async with self._open(addresses, link) as engine:
+                self.settle()
+                if link is self.links[0]:
+                    self.layers = engine.config.num_hidden_layers
+                    experts = engine.model.experts
+                    assert isinstance(experts, RemoteExperts)  # no layer is local yet
+                    self.calls[nodes] = await calibrate_calls(
+                        experts, engine.config, engine.model.dtype, messages[0], self.effort
+                    )
+                self.clients[link.name] = await self._calibrate_client(engine, cases)
         for depth in {case.depth for case in cases} - self.yields.keys() - {0}:
             self.yields[depth] = await self._accepted(addresses, depth)
         return trips
 
-    async def _round_trip(self, address: str, link: Link) -> float:
-        from splitinfer.transport import connect
+    async def _calibrate_client(self, engine: AsyncEngine, cases: Sequence[Case]) -> ClientCost:
+        """What the cases need of this machine, measured over the engine's link."""
+        from splitinfer.model.experts import ExpertBank
 
-        async with await connect(address, config=self._transport(link)) as channel:
-            self.settle()
-            return median([await channel.ping() for _ in range(self.effort.pings)])
-
-    async def _message(self, address: str) -> float:
-        """Processor time of an empty message and its answer here, where nobody polls for it. Its sending is
-        in it, which `send` has too: more than an answer takes, as turning to another group does."""
-        from splitinfer.transport import connect
-
-        config = replace(self._transport(self.links[0]), busy_poll=0.0)
-        async with await connect(address, config=config) as channel:
-            self.settle()
-            at = [thread_time()]
-            for _ in range(self.effort.pings):
-                await channel.ping()
-                at.append(thread_time())
-        return median(b - a for a, b in pairwise(at))
+        bank = None
+        if any(case.local for case in cases):
+            every = {0: range(engine.config.num_experts)}
+            format = self.config.quant_config().experts
+            bank = ExpertBank(engine.checkpoint, every, dtype=self.config.torch_dtype(), format=format)
+        client = await calibrate_client(engine, bank, self.effort)
+        if self.drafter is None:
+            return client
+        depth = max(case.depth for case in cases)
+        return replace(client, draft=await calibrate_drafter(engine, self.drafter, depth, self.effort))
 
     def _transport(self, link: Link) -> ClientConfig:
         from splitinfer.transport import ClientConfig

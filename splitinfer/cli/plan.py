@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -253,7 +252,7 @@ async def _ask(
 ) -> tuple[list[Cut], CallCost]:
     """What nodes that run hold, with none and with as many layers here as fit, and what calls to them
     cost."""
-    from splitinfer.cli.calibration import calibrate_calls
+    from splitinfer.cli.calibration import calibrate_calls, pings
     from splitinfer.cli.machine import EFFORT
     from splitinfer.dispatch import RemoteExperts
     from splitinfer.placement import Holding
@@ -261,12 +260,11 @@ async def _ask(
     from splitinfer.transport import connect
 
     link, config = client_config(settings), sizes.config
-    trips: list[float] = []
     with busy("asking the nodes"):
-        for address in settings.nodes:
-            async with await connect(address, config=link) as channel:
-                fingerprint = fingerprint or Holding.from_info(channel.info, address).fingerprint
-                trips.append(median([await channel.ping() for _ in range(PINGS)]))
+        if not fingerprint:
+            async with await connect(settings.nodes[0], config=link) as channel:
+                fingerprint = Holding.from_info(channel.info, settings.nodes[0]).fingerprint
+        farthest = max([await pings(address, link, PINGS) for address in settings.nodes])
         experts = await RemoteExperts.connect(
             settings.nodes,
             layers=range(config.num_hidden_layers),
@@ -277,7 +275,7 @@ async def _ask(
             config=link,
         )
         try:
-            call = await calibrate_calls(experts, config, sizes.dtype, max(trips), EFFORT)
+            call = await calibrate_calls(experts, config, sizes.dtype, farthest, EFFORT)
         finally:
             await experts.close()
     holdings = [(node.address, node.holding) for node in experts.nodes]
