@@ -59,26 +59,28 @@ class Pending:
         """The descriptor that can be read once the answer is there; -1 where there is none."""
         return -1 if self._channel is None else self._channel.file
 
-    def look(self) -> None:
-        """Take the answer if it has come, and do with it all that there is to do."""
+    def look(self) -> bool:
+        """Take the answer if it has come, and do with it all that there is to do. True where no other look
+        can bring more: whoever awaits this has the sum then, or mends what went wrong."""
         answer = self._calls[0].answer
         if self._channel is None or self._total is not None:
-            return
+            return True
         if not answer.done():
             self._channel.look()
             if not answer.done():
-                return
+                return False
             self._calls[0].note_time(None)  # its callbacks come in the loop's next turn
         if answer.cancelled() or answer.exception() is not None:
-            return  # whoever awaits this mends it
-        self._total = asyncio.get_running_loop().create_future()
-        combine = self._combine()
+            return True
+        total: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
         try:
-            combine.send(None)  # with the answer there it waits for nothing
+            self._combine().send(None)  # with the answer there it waits for nothing
         except StopIteration as done:
-            self._total.set_result(done.value)
+            total.set_result(done.value)
         except Exception as error:
-            self._total.set_exception(error)
+            total.set_exception(error)
+        self._total = total
+        return True
 
     def __await__(self) -> Generator[Any, None, Tensor]:
         return (self._combine() if self._total is None else self._total).__await__()

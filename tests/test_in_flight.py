@@ -51,7 +51,7 @@ def test_an_answer_that_is_there_is_added_up_at_once() -> None:
         waits = pending(channel, combined)
         assert waits.file == 7
         for _ in range(2):
-            waits.look()
+            assert waits.look()
             assert (channel.looks, combined) == (1, ["begun"])
         assert waits._calls[0].answered > 0
         assert await waits is SUM
@@ -65,7 +65,7 @@ def test_an_answer_that_is_not_there_is_waited_for() -> None:
     async def main() -> None:
         channel, combined = Channel(), list[str]()
         waits = pending(channel, combined)
-        waits.look()
+        assert not waits.look()
         assert (channel.looks, combined) == (1, [])
         asyncio.get_running_loop().call_soon(channel.answer.set_result, "reply")
         assert await waits is SUM
@@ -78,7 +78,7 @@ def test_a_lost_call_is_left_to_whoever_awaits() -> None:
         channel = Channel(lambda answer: answer.set_exception(ConnectionLost("gone", peer="there")))
         combined = list[str]()
         waits = pending(channel, combined)
-        waits.look()
+        assert waits.look()
         assert combined == []
         with pytest.raises(ConnectionLost):
             await waits

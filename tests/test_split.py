@@ -14,7 +14,10 @@ import torch
 
 from splitinfer import AsyncEngine, Completion, ExpertNode, demo
 from splitinfer.errors import ConnectError, PlacementError, SplitinferError
+from splitinfer.in_flight import Pending
+from splitinfer.model.native import kernels
 from tests.checkpoints import tiny_config, write_checkpoint
+from tests.cli.conftest import listening
 
 Part = tuple[str | None, ...]  # --experts, --layers and, where there are three, --slice of a node
 PROMPT = [2, *range(5, 60)]  # several times the sliding window of 8
@@ -119,6 +122,33 @@ def test_one_call_per_node_per_layer_with_only_its_rows(checkpoint: Path) -> Non
     assert calls == [2 * steps, 2 * steps]
     assert rows == [2 * (len(PROMPT) + 7)] * 2
     assert completion.usage.calls == sum(calls)
+
+
+@pytest.mark.skipif(kernels() is None, reason="no compiler: no kernels")
+def test_an_answer_is_taken_while_the_dense_network_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense network that two threads share, and takes longer than the experts of a node on a thread of its
+    own."""
+    config = tiny_config(hidden_size=256, intermediate_size=4096)
+    path, early = write_checkpoint(tmp_path / "model", config), list[bool]()
+    look = Pending.look
+
+    def counted(self: Pending) -> bool:
+        over = look(self)
+        early.append(self._total is not None)
+        return over
+
+    monkeypatch.setattr(Pending, "look", counted)
+    with listening(path) as (_, address, _):
+        ran = asyncio.run(_complete(path, address))
+    assert ran.token_ids == asyncio.run(_complete(path)).token_ids
+    assert any(early)
+
+
+async def _complete(path: Path, *nodes: str) -> Completion:
+    async with AsyncEngine(path, nodes, threads=2) as engine:
+        return await engine.generate(PROMPT, max_tokens=TOKENS, ignore_eos=True)
 
 
 def test_a_node_is_sent_only_the_rows_it_has_work_for(tmp_path: Path) -> None:

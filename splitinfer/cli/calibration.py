@@ -34,7 +34,15 @@ if TYPE_CHECKING:
     from splitinfer.model.experts import ExpertBank, Where
     from splitinfer.transport import ClientConfig
 
-__all__ = ["ROWS", "Effort", "calibrate_calls", "calibrate_client", "calibrate_drafter", "pings"]
+__all__ = [
+    "ROWS",
+    "Effort",
+    "calibrate_calls",
+    "calibrate_client",
+    "calibrate_drafter",
+    "measure_message",
+    "measure_work",
+]
 
 ROWS = (1, 2, 4, 8)
 GROUP = 4  # sequences in a step of several: half of the table's streams
@@ -111,36 +119,43 @@ def _without_experts(engine: AsyncEngine) -> Iterator[_Absent]:
         model.experts = there
 
 
-async def pings(
-    address: str, config: ClientConfig | None, count: int, settle: Callable[[], None] = lambda: None
-) -> tuple[float, float]:
-    """Of an empty message and its answer, medians: the seconds that pass, and those for which this thread
-    works where nobody polls for it. Sending is in these, which `send` has too: more than an answer takes,
-    as turning to another group does. `settle` is called once connected."""
-    from splitinfer.transport import ClientConfig, connect
+async def measure_message(
+    address: str,
+    config: ClientConfig,
+    count: int,
+    settle: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = perf_counter,
+) -> float:
+    """Seconds by `clock` of an empty message and its answer, the median; `settle` is called once before."""
+    from splitinfer.transport import connect
 
-    async def each(config: ClientConfig, clock: Callable[[], float]) -> float:
-        async with await connect(address, config=config) as channel:
-            settle()
-            at = [clock()]
-            for _ in range(count):
-                await channel.ping()
-                at.append(clock())
-        return median(b - a for a, b in pairwise(at))
+    async with await connect(address, config=config) as channel:
+        settle()
+        at = [clock()]
+        for _ in range(count):
+            await channel.ping()
+            at.append(clock())
+    return median(b - a for a, b in pairwise(at))
 
-    config = config or ClientConfig()
-    return await each(config, perf_counter), await each(replace(config, busy_poll=0.0), thread_time)
+
+async def measure_work(
+    address: str, config: ClientConfig, count: int, settle: Callable[[], None] = lambda: None
+) -> float:
+    """The seconds of it for which this thread works where nobody polls for the answer. Sending is in them,
+    which `send` has too: more than an answer takes, as turning to another group does."""
+    return await measure_message(address, replace(config, busy_poll=0.0), count, settle, thread_time)
 
 
 async def calibrate_calls(
     experts: RemoteExperts,
     config: ModelConfig,
     dtype: torch.dtype,
-    message: tuple[float, float],
+    round_trip: float,
+    work: float,
     effort: Effort,
 ) -> CallCost:
-    """What calls of 1 to 8 rows of `dtype` cost, over a link on which an empty message takes so long and so
-    much work here (as `pings` has it)."""
+    """What calls of 1 to 8 rows of `dtype` cost, over a link of that round trip, where an empty message takes
+    so much `work` here (see `measure_work`)."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -161,7 +176,6 @@ async def calibrate_calls(
                     taken[name].append(seconds)
         for name, found in taken.items():
             parts[name][rows] = median(found)
-    round_trip, work = message
     handling = {rows: max(0.0, seconds - round_trip) for rows, seconds in parts["network"].items()}
     return CallCost(
         round_trip,

@@ -25,7 +25,8 @@ from splitinfer.cli.calibration import (
     calibrate_calls,
     calibrate_client,
     calibrate_drafter,
-    pings,
+    measure_message,
+    measure_work,
 )
 from splitinfer.cli.console import busy, run
 from splitinfer.planning.cost import CallCost, ClientCost, Prediction, Setup, batched, drafted, plain
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from splitinfer.engine import AsyncEngine
     from splitinfer.engine_config import EngineConfig
     from splitinfer.generation import Completion
+    from splitinfer.model.experts import ExpertBank
     from splitinfer.transport import ClientConfig
     from splitinfer.transport.link import LinkSpec
 
@@ -156,13 +158,8 @@ class Bench:
     def _decode_once(self, addresses: Sequence[str], link: Link, case: Case) -> float:
         return run(self._decode(addresses, link, case))
 
-    @property
-    def client(self) -> ClientCost | None:
-        """Over the first link."""
-        return self.clients.get(self.links[0].name)
-
     def _client_over(self, link: Link) -> ClientCost:
-        """Over that link, or the slowest that it was measured over."""
+        """Over that link, or the last before it that is not slow."""
         return self.clients.get(link.name) or list(self.clients.values())[-1]
 
     def _predict(self, client: ClientCost, call: CallCost, case: Case) -> Prediction:
@@ -175,12 +172,13 @@ class Bench:
     async def _calibrate(self, nodes: str, addresses: Sequence[str], cases: Sequence[Case]) -> list[float]:
         """Learn what the cases need and is not known yet; the round trips of all links."""
         from splitinfer.dispatch import RemoteExperts
+        from splitinfer.model.experts import ExpertBank
 
-        messages = [
-            await pings(addresses[0], self._transport(link), self.effort.pings, self.settle)
-            for link in self.links
+        first, pings = addresses[0], self.effort.pings
+        trips = [
+            await measure_message(first, self._transport(link), pings, self.settle) for link in self.links
         ]
-        trips = [round_trip for round_trip, _ in messages]
+        bank: ExpertBank | None = None
         for link, trip in zip(self.links, trips, strict=True):
             if link is not self.links[0] and trip >= SLOW:
                 continue
@@ -190,23 +188,23 @@ class Bench:
                     self.layers = engine.config.num_hidden_layers
                     experts = engine.model.experts
                     assert isinstance(experts, RemoteExperts)  # no layer is local yet
+                    work = await measure_work(first, self._transport(link), pings, self.settle)
                     self.calls[nodes] = await calibrate_calls(
-                        experts, engine.config, engine.model.dtype, messages[0], self.effort
+                        experts, engine.config, engine.model.dtype, trip, work, self.effort
                     )
-                self.clients[link.name] = await self._calibrate_client(engine, cases)
+                    if any(case.local for case in cases):
+                        every = {0: range(engine.config.num_experts)}
+                        format, dtype = self.config.quant_config().experts, self.config.torch_dtype()
+                        bank = ExpertBank(engine.checkpoint, every, dtype=dtype, format=format)
+                self.clients[link.name] = await self._calibrate_client(engine, bank, cases)
         for depth in {case.depth for case in cases} - self.yields.keys() - {0}:
             self.yields[depth] = await self._accepted(addresses, depth)
         return trips
 
-    async def _calibrate_client(self, engine: AsyncEngine, cases: Sequence[Case]) -> ClientCost:
+    async def _calibrate_client(
+        self, engine: AsyncEngine, bank: ExpertBank | None, cases: Sequence[Case]
+    ) -> ClientCost:
         """What the cases need of this machine, measured over the engine's link."""
-        from splitinfer.model.experts import ExpertBank
-
-        bank = None
-        if any(case.local for case in cases):
-            every = {0: range(engine.config.num_experts)}
-            format = self.config.quant_config().experts
-            bank = ExpertBank(engine.checkpoint, every, dtype=self.config.torch_dtype(), format=format)
         client = await calibrate_client(engine, bank, self.effort)
         if self.drafter is None:
             return client

@@ -50,13 +50,13 @@ def table_of(found: Sequence[Decoded]) -> Table:
 
 def calibration_lines(bench: Bench) -> list[str]:
     """What the predictions were made from, in milliseconds for 1 to 8 rows."""
-    client = bench.client
     lines = []
-    if client is not None:
+    for link, client in bench.clients.items():
         layer = {"attention": client.attention, "dense": client.dense, "experts here": client.experts}
-        lines.append(f"a layer on this machine, ms: {_curves(layer)}")
+        over = f"over {link}: " if len(bench.clients) > 1 else ""
+        lines.append(f"{over}a layer on this machine, ms: {_curves(layer)}")
         lines.append(
-            f"a step beside its layers, ms: {_curves({'lm_head': client.head, 'rest': client.step})}; "
+            f"{over}a step beside its layers, ms: {_curves({'lm_head': client.head, 'rest': client.step})}; "
             f"a token {client.token.at(1) * 1e3:.2f}, a guess {client.draft * 1e3:.2f}"
         )
     for nodes, call in bench.calls.items():
@@ -79,7 +79,7 @@ def as_json(bench: Bench, found: Sequence[Decoded]) -> dict[str, Any]:
     """Cases and calibration; seconds and tokens per second."""
     return {
         "calibration": {
-            "client": plain(bench.client),
+            "clients": plain(bench.clients),
             "calls": plain(bench.calls),
             "tokens_per_step": {str(depth): tokens for depth, tokens in bench.yields.items()},
         },

@@ -252,7 +252,7 @@ async def _ask(
 ) -> tuple[list[Cut], CallCost]:
     """What nodes that run hold, with none and with as many layers here as fit, and what calls to them
     cost."""
-    from splitinfer.cli.calibration import calibrate_calls, pings
+    from splitinfer.cli.calibration import calibrate_calls, measure_message, measure_work
     from splitinfer.cli.machine import EFFORT
     from splitinfer.dispatch import RemoteExperts
     from splitinfer.placement import Holding
@@ -264,7 +264,9 @@ async def _ask(
         if not fingerprint:
             async with await connect(settings.nodes[0], config=link) as channel:
                 fingerprint = Holding.from_info(channel.info, settings.nodes[0]).fingerprint
-        farthest = max([await pings(address, link, PINGS) for address in settings.nodes])
+        trips = {await measure_message(node, link, PINGS): node for node in settings.nodes}
+        round_trip = max(trips)
+        work = await measure_work(trips[round_trip], link, PINGS)
         experts = await RemoteExperts.connect(
             settings.nodes,
             layers=range(config.num_hidden_layers),
@@ -275,7 +277,7 @@ async def _ask(
             config=link,
         )
         try:
-            call = await calibrate_calls(experts, config, sizes.dtype, farthest, EFFORT)
+            call = await calibrate_calls(experts, config, sizes.dtype, round_trip, work, EFFORT)
         finally:
             await experts.close()
     holdings = [(node.address, node.holding) for node in experts.nodes]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,18 @@ class _Attention(ctypes.Structure):
     )
 
 
+@cache
+def _function() -> Any:
+    built = kernels()
+    assert built is not None
+    function = built.library.splitinfer_attention
+    pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    function.argtypes = [
+        pointer, pointer, size, pointer, integer, size, *[pointer] * 8, integer, pointer, integer,
+    ]  # fmt: skip
+    return function
+
+
 class AttentionKernel:
     """One layer's. The scales are those of `TorchRows.residual`, `routing` as in `TorchRows.attention_out`,
     `beside` the dense network that may begin."""
@@ -64,12 +77,7 @@ class AttentionKernel:
         routing: Routing | None,
         beside: Dense,
     ) -> None:
-        built = kernels()
-        assert built is not None
-        self._function = built.library.splitinfer_attention
-        pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        self._function.argtypes = [pointer, pointer, size, pointer, integer, size, *[pointer] * 8, integer]
-        self._function.argtypes += [pointer, integer]
+        self._function = _function()
         self._top_k = 0 if routing is None else routing.top_k
         self._second = second is not None
         self._fuses_beside = beside.fuses
@@ -135,7 +143,8 @@ class AttentionKernel:
                 two.data_ptr() if self._second else None, address(index), address(weights),
                 dense.data_ptr() if begins else None, gives_way, ctypes.addressof(handle),
                 torch.get_num_threads(),
-            )
+            ),
+            rows,
         )  # fmt: skip
         begun = None if handle.value is None else Begun(handle.value, one, dense)
         return total, one, two if self._second else None, (index, weights) if self._top_k else None, begun

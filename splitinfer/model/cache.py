@@ -91,7 +91,7 @@ class _Store:
         self.buffers = [torch.empty(shape, device=device, dtype=kind) for _ in ("keys", "values")]
         if int8:
             self.buffers += [torch.empty(shape[:2], device=device, dtype=torch.float16) for _ in range(2)]
-        self._addresses = (0, 0)
+        self._addresses: tuple[int, int] | None = None  # None too where memory for one of them was missing
         self.base = 0
         self.rows = 0
 
@@ -111,11 +111,13 @@ class _Store:
             buffer[:, old : old + new] = rows
         return self.held(old - seen, old + new)
 
-    def place(self, start: int, new: int) -> Place | None:
+    def place(self, start: int, new: int, dtype: torch.dtype) -> Place | None:
         """Where the caller is to put `new` rows from position `start` on. None where only `append` can: for
         int8, and for a block larger than the buffer."""
-        room = None if self.int8 else self._room(start, new)
-        return None if room is None else Place(self.buffers[0].shape[1], *room, *self._addresses)
+        room = self._room(start, new) if self.buffers[0].dtype is dtype else None
+        if room is None or self._addresses is None:
+            return None
+        return Place(self.buffers[0].shape[1], *room, *self._addresses)
 
     def _room(self, start: int, new: int) -> tuple[int, int] | None:
         """Room in the buffers for n rows from position `start` on: behind how many others, and how many of
@@ -160,9 +162,10 @@ class _Store:
 
     def _reserve(self, rows: int) -> None:
         """Room for so many rows. Buffers move one after the other, so there is one copy of one of them."""
-        capacity = self.buffers[0].shape[1]
+        capacity = min(buffer.shape[1] for buffer in self.buffers)
         if rows <= capacity:
             return
+        self._addresses = None
         larger_capacity = grown(capacity, rows, self.reach)
         for i, buffer in enumerate(self.buffers):
             larger = buffer.new_empty((len(buffer), larger_capacity, *buffer.shape[2:]))
@@ -173,7 +176,7 @@ class _Store:
 
 class KVCache:
     """Keys and values of one sequence, in `dtype`, or with `int8` as such. The rows of a step are begun, then
-    appended layer by layer."""
+    appended, or placed, layer by layer."""
 
     def __init__(
         self,
@@ -216,14 +219,15 @@ class KVCache:
         """Stores keys and values [kv_heads, n, head_dim] of positions `start` to `start + n - 1`.
 
         Returns views of all rows that these may attend to, [kv_heads, seen + n, head_dim], in order, the new
-        ones last; `seen` is `start`, or at most the window less one. Valid until the next append.
+        ones last; `seen` is `start`, or at most the window less one. Valid until the next append or
+        place.
         """
         return self._stores[layer].append(start, keys, values)
 
-    def place(self, layer: int, start: int, rows: int) -> Place | None:
-        """Where the keys and values of positions `start` to `start + rows - 1` are to be written, in place of
-        `append`; None where only that can do it. Valid until the next append or place."""
-        return self._stores[layer].place(start, rows)
+    def place(self, layer: int, start: int, rows: int, dtype: torch.dtype) -> Place | None:
+        """Where keys and values in `dtype` of positions `start` to `start + rows - 1` are to be written, in
+        place of `append`; None where only that can do it. Valid until the next append or place."""
+        return self._stores[layer].place(start, rows, dtype)
 
     def held(self, layer: int, length: int) -> Held:
         """Views of one layer's keys and values [kv_heads, n, head_dim] of the first `length` tokens: the last

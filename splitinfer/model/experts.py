@@ -34,11 +34,11 @@ Where: TypeAlias = Literal["here", "near", "away"]
 
 class Arriving(Protocol):
     """What `Experts.dispatch` may return besides: a sum whose one answer is announced by `file`, a descriptor
-    that can be read then (-1: none is). `look` takes it if it is there."""
+    that can be read then (-1: none is). `look` takes it if it is there; True where looking is over."""
 
     file: int
 
-    def look(self) -> None: ...
+    def look(self) -> bool: ...
 
 
 class Experts(Protocol):

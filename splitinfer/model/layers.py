@@ -35,6 +35,8 @@ from splitinfer.timing import Timeline, perf_counter
 
 __all__ = ["Attention", "DecoderLayer", "Part", "Routed", "Step", "Weights"]
 
+LOOKS = 3  # for an answer while the dense network runs
+
 
 class Routed(NamedTuple):
     """What the router hands on: the residual and both branches' inputs [rows, H], and the choice: index and
@@ -205,7 +207,7 @@ class DecoderLayer:
             dense_out_scale,
             self.eps,
         )
-        # Down to here the scales: all that comes before the experts in one call, where the kernels have it.
+        # All that comes before the experts in one call, where the kernels can do it.
         self.kernel: AttentionKernel | None = None
         if AttentionKernel.fits(self.attention, self.routing):
             self.kernel = AttentionKernel(
@@ -224,7 +226,7 @@ class DecoderLayer:
         happens, on the same thread. The reference has three norms here that differ only in their weights.
         """
         start = perf_counter()
-        places = self._places(step) if self.kernel is not None else None
+        places = self._places(x, step) if self.kernel is not None else None
         if self.kernel is not None and places is not None:
             x, dense_input, expert_input, chosen, begun = self.kernel(
                 x,
@@ -252,11 +254,13 @@ class DecoderLayer:
         step.record("attention", self.index, start)
         return Routed(x, dense_input, expert_input, chosen, begun)
 
-    def _places(self, step: Step) -> list[tuple[int, Place]] | None:
+    def _places(self, x: Tensor, step: Step) -> list[tuple[int, Place]] | None:
         """How many rows each sequence has and where its keys and values go; None if one cannot say."""
+        if len({id(part.cache) for part in step.parts}) < len(step.parts):
+            return None  # a place ends with the next one in the same cache
         places = []
         for part in step.parts:
-            place = part.cache.place(self.index, part.start, part.hi - part.lo)
+            place = part.cache.place(self.index, part.start, part.hi - part.lo, x.dtype)
             if place is None:
                 return None
             places.append((part.hi - part.lo, place))
@@ -273,10 +277,16 @@ class DecoderLayer:
         threads go on."""
         start, before = perf_counter(), 0.0
         try:
-            if answer is not None and self.ops.mlp_until(begun, answer.file):
-                before = step.record("dense", self.index, start) - start
-                answer.look()
+            # What came may be a part of it, or another's: a few looks, each while the others go on.
+            for _ in range(0 if answer is None else LOOKS):
+                assert answer is not None
+                if not self.ops.mlp_until(begun, answer.file):
+                    break
+                before += step.record("dense", self.index, start) - start
+                over = answer.look()
                 start = perf_counter()
+                if over:
+                    break
         finally:
             x = self.ops.end_mlp(begun)
         took(self.dense, before + step.record("dense", self.index, start) - start)

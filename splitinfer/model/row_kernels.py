@@ -63,7 +63,8 @@ class RowKernels(TorchRows):
         done(
             self._norm(
                 x.data_ptr(), is_bfloat16(x), rows, n, given, eps, out.data_ptr(), is_bfloat16(out), threads
-            )
+            ),
+            rows,
         )
         return out
 
@@ -87,7 +88,8 @@ class RowKernels(TorchRows):
                 None if second is None else second.data_ptr(),
                 None if third is None else third.data_ptr(), total.data_ptr(), normed.data_ptr(),
                 one.data_ptr(), None if two is None else two.data_ptr(), torch.get_num_threads(),
-            )
+            ),
+            rows,
         )  # fmt: skip
         return total, one, two, normed
 
@@ -110,7 +112,8 @@ class RowKernels(TorchRows):
                 x.data_ptr(), dense.data_ptr(), None if moe is None else moe.data_ptr(), bfloat16, rows, n,
                 None if moe_weight is None else moe_weight.data_ptr(), weight.data_ptr(), eps, scalar,
                 out.data_ptr(), torch.get_num_threads(),
-            )
+            ),
+            rows,
         )  # fmt: skip
         return out
 
@@ -138,7 +141,8 @@ class RowKernels(TorchRows):
                 projected.data_ptr(), rows, width, size, turning, width // size - values, values,
                 value_norm, weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), eps, turned.data_ptr(),
                 value.data_ptr(), is_bfloat16(turned), torch.get_num_threads(),
-            )
+            ),
+            rows,
         )  # fmt: skip
         return turned, value
 
@@ -146,7 +150,7 @@ class RowKernels(TorchRows):
         """gelu(first half) * second half of x [rows, 2 * n] float32, to [rows, n]."""
         rows, width = x.shape
         out = torch.empty((rows, width // 2))
-        done(self._gated(x.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()))
+        done(self._gated(x.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()), rows)
         return out
 
     def choose(self, scores: Tensor, k: int, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +170,8 @@ class RowKernels(TorchRows):
             self._sum(
                 ctypes.addressof(addresses), len(parts), rows, n, out.data_ptr(), is_bfloat16(out),
                 torch.get_num_threads(),
-            )
+            ),
+            rows,
         )  # fmt: skip
         return out
 
@@ -193,7 +198,8 @@ class RowKernels(TorchRows):
                 ctypes.addressof(projections.matrices), len(projections.matrices), x.data_ptr(), rows,
                 norm.data_ptr(), eps, size, turning, values, value_norm, weight.data_ptr(), cos.data_ptr(),
                 sin.data_ptr(), turned.data_ptr(), value.data_ptr(), is_bfloat16(x), torch.get_num_threads(),
-            )
+            ),
+            rows,
         )  # fmt: skip
         return turned, value
 
@@ -232,7 +238,8 @@ class RowKernels(TorchRows):
                 first.data_ptr(), address(second), address(third), total.data_ptr(), one.data_ptr(),
                 address(two), k, address(scale), address(index), address(weights), network,
                 address(dense), gives_way, ctypes.addressof(handle), torch.get_num_threads(),
-            )
+            ),
+            rows,
         )  # fmt: skip
         begun = None if dense is None or handle.value is None else Begun(handle.value, one, dense)
         return total, one, two, None if index is None or weights is None else (index, weights), begun
@@ -246,7 +253,8 @@ class RowKernels(TorchRows):
             self._mlp(
                 struct_of(dense), x.data_ptr(), x.shape[0], out.data_ptr(), is_bfloat16(x),
                 torch.get_num_threads(),
-            )
+            ),
+            len(x),
         )  # fmt: skip
         return out
 
@@ -285,10 +293,10 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def done(failed: int) -> None:
-    """Raises CapacityError where a kernel had no memory."""
+def done(failed: int, rows: int) -> None:
+    """Raises CapacityError where a kernel had no memory for so many rows."""
     if failed:
-        raise no_memory(1)
+        raise no_memory(rows)
 
 
 def _same(*tensors: Tensor) -> bool:

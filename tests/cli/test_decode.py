@@ -53,7 +53,9 @@ def test_nodes_are_started_and_stopped(cli: Cli, tiny: Path, monkeypatch: pytest
         layers = 3 if case["case"] == "a third local" else 4
         assert case["predicted"]["terms"]["round trip"] == pytest.approx(layers * case["round_trip"])
     assert set(found["calibration"]["calls"]) == {"1 node"}
-    assert found["calibration"]["client"]["attention"]["points"][0][0] == 1
+    assert set(found["calibration"]["clients"]) == {"0.2ms", "2ms"}
+    for client in found["calibration"]["clients"].values():
+        assert client["attention"]["points"][0][0] == 1
     assert psutil.Process().children(recursive=True) == before
     assert os.sched_getaffinity(0) == cores
 

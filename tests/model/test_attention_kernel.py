@@ -28,8 +28,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "values of their own, window of one": {"attention_k_eq_v": False, "sliding_window": 1},
     "no experts": {"enable_moe_block": False},
 }
-# Rows of two sequences in a step, 0 for one that has a rest; the third is larger than a sliding buffer.
-STEPS = [(5, 0), (1, 3), (0, 400), (1, 1), (70, 2), (1, 1), (300, 1), (1, 64)]
+# Rows of two sequences in a step, 0 for one that has a rest. 400 and 330 are larger than a sliding buffer,
+# behind a sequence that has its place already.
+STEPS = [(5, 0), (1, 3), (0, 400), (1, 1), (70, 2), (1, 330), (300, 1), (1, 400), (1, 64)]
 
 
 def load(path: Path, dtype: torch.dtype, quant: QuantConfig) -> Gemma:
@@ -59,7 +60,7 @@ async def run(model: Gemma) -> tuple[list[Tensor], tuple[KVCache, KVCache]]:
 def test_one_call_and_many_give_the_same_bits(
     tmp_path: Path, shape: str, quant: str, dtype: torch.dtype
 ) -> None:
-    path = write_checkpoint(tmp_path / "model", tiny_config(**SHAPES[shape]))
+    path = write_checkpoint(tmp_path / "model", tiny_config(max_position_embeddings=2000, **SHAPES[shape]))
     model = load(path, dtype, QuantConfig.of(quant))
     assert all(layer.kernel is not None for layer in model._layers)
     whole, caches = asyncio.run(run(model))
@@ -74,6 +75,28 @@ def test_one_call_and_many_give_the_same_bits(
                 cache.held(layer, cache.length)[:2], other.held(layer, other.length)[:2], strict=True
             ):
                 assert torch.equal(held, same)
+
+
+def test_a_cache_may_have_two_parts_of_a_step(tmp_path: Path) -> None:
+    model = load(write_checkpoint(tmp_path / "model", tiny_config()), torch.float32, QuantConfig.of(None))
+    ids = torch.arange(40)
+
+    async def hidden(*parts: Tensor) -> Tensor:
+        cache = model.new_cache()
+        return await model.forward([Segment(part, cache) for part in parts])
+
+    assert torch.equal(asyncio.run(hidden(ids[:30], ids[30:])), asyncio.run(hidden(ids)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_of_another_kind_gives_no_place(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = load(write_checkpoint(tmp_path / "model", tiny_config()), dtype, QuantConfig.of(None)).config
+    other = torch.bfloat16 if dtype is torch.float32 else torch.float32
+    for int8 in (False, True):
+        cache = KVCache(config, dtype=dtype, int8=int8)
+        cache.begin(3)
+        assert cache.place(0, 0, 3, other) is None
+        assert (cache.place(0, 0, 3, dtype) is None) is int8
 
 
 @pytest.mark.parametrize("formats", [("int8", "int8"), ("int8", "int4")])

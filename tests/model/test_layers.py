@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from splitinfer.model.front import Front
-from splitinfer.model.layers import DecoderLayer, Step, Weights
+from splitinfer.model.layers import LOOKS, DecoderLayer, Step, Weights
 from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.staging import Staging
 from splitinfer.model.weights import Checkpoint
@@ -46,3 +48,44 @@ def test_a_step_tells_time_and_the_step_behind() -> None:
     assert timeline.seconds == {("attention", 2): later}
     step.leave(2)
     assert front._left == 2
+
+
+class Network:
+    """A dense network beside a socket that can always be read, and an answer that some look finds."""
+
+    file = 3
+
+    def __init__(self, there: int) -> None:
+        self.there = there
+        self.looks = self.ends = 0
+
+    def mlp_until(self, begun: object, file: int) -> bool:
+        assert file == self.file
+        return True
+
+    def end_mlp(self, begun: object) -> torch.Tensor:
+        self.ends += 1
+        return torch.zeros(1)
+
+    def look(self) -> bool:
+        self.looks += 1
+        if self.there == 0:
+            raise KeyboardInterrupt
+        return self.looks == self.there
+
+
+@pytest.mark.parametrize(("there", "looks"), [(1, 1), (2, 2), (LOOKS + 5, LOOKS), (0, 1)])
+def test_looks_for_an_answer_are_few_and_the_dense_network_always_ends(
+    checkpoint: Checkpoint, there: int, looks: int
+) -> None:
+    layer, network, timeline = layer_of(checkpoint, 0, QuantConfig()), Network(there), Timeline()
+    layer.ops = network  # type: ignore[assignment]
+    begun: Any = None
+    step = Step([], {}, Staging(torch.device("cpu")), timeline, None)
+    if there:
+        layer.end_dense(begun, step, network)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            layer.end_dense(begun, step, network)
+    assert (network.looks, network.ends) == (looks, 1)
+    assert timeline.seconds["dense", 0] > 0

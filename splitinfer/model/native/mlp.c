@@ -95,13 +95,15 @@ void *mlp_begin(const Mlp *mlp, const void *x, int64_t rows, void *out, int bflo
 enum { PIECES_PER_LOOK = 2 };
 
 /* By the thread that began it, where it waits for bytes from `file` besides: works with the others, and returns 1 as
-   soon as there are any while the second product goes on without this thread; 0 where it is all but done.
-   `splitinfer_mlp_end` follows either way. */
+   soon as there are any while the second product goes on without this thread; 0 where it is all but done. It may be
+   called again; `splitinfer_mlp_end` follows either way. */
 int splitinfer_mlp_until(void *begun, int file) {
     Run *run = begun;
     if (run->member.count == 1) return 0; /* nobody would go on */
-    widen(run, &run->member);
-    run->loop = product_begin(&run->member, &run->down);
+    if (run->loop < 0) {
+        widen(run, &run->member);
+        run->loop = product_begin(&run->member, &run->down);
+    }
     struct pollfd bytes = {.fd = file, .events = POLLIN};
     do
         if (poll(&bytes, 1, 0) > 0) return 1;

@@ -110,8 +110,8 @@ typedef struct {
    rows unless these were `entered`, and after the last. */
 void product_pieces(Member *member, Product product);
 
-/* The same in steps, for a member that may leave the pieces to the others for a while: `product_take` does `most` at
-   a time, and returns 0 where none is left to take. */
+/* The same in steps, for a member that may leave the pieces to the others for a while: `product_take` does `most` of
+   them, fewer at the end (all where there is one member), and returns 0 where none is left to take. */
 int product_begin(Member *member, const Product *product);
 int product_take(Member *member, const Product *product, int loop, int64_t most);
 void product_end(Member *member, const Product *product, int loop);
