@@ -264,9 +264,9 @@ async def _ask(
         if not fingerprint:
             async with await connect(settings.nodes[0], config=link) as channel:
                 fingerprint = Holding.from_info(channel.info, settings.nodes[0]).fingerprint
-        trips = {await measure_message(node, link, PINGS): node for node in settings.nodes}
-        round_trip = max(trips)
-        work = await measure_work(trips[round_trip], link, PINGS)
+        trips = [(await measure_message(node, link, PINGS), node) for node in settings.nodes]
+        round_trip, farthest = max(trips)
+        work = await measure_work(farthest, link, PINGS)
         experts = await RemoteExperts.connect(
             settings.nodes,
             layers=range(config.num_hidden_layers),

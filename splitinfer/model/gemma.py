@@ -6,7 +6,7 @@ Shape letters: rows (of all sequences in the step), H hidden_size, V vocab_size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from splitinfer.errors import UsageError
 from splitinfer.model.attention import plan_blocks, rotary_frequencies, rotation
 from splitinfer.model.cache import KVCache
 from splitinfer.model.compute import compute, run, runs_inline
-from splitinfer.model.experts import Experts
+from splitinfer.model.experts import Arriving, Experts
 from splitinfer.model.front import Front
 from splitinfer.model.layers import DecoderLayer, Part, Step, Weights
 from splitinfer.model.linear import Linear
@@ -179,8 +179,8 @@ class Gemma:
             raise
         try:
             if to.dense is not None:
-                coming: Any = routed
-                dense = layer.end_dense(to.dense, step, coming if getattr(routed, "file", -1) >= 0 else None)
+                answer = cast(Arriving, routed) if hasattr(routed, "look") else None
+                dense = layer.end_dense(to.dense, step, answer)
             else:
                 dense = await compute(rows, layer.dense, to.dense_input, step)
         except BaseException:

@@ -256,7 +256,7 @@ class DecoderLayer:
 
     def _places(self, x: Tensor, step: Step) -> list[tuple[int, Place]] | None:
         """How many rows each sequence has and where its keys and values go; None if one cannot say."""
-        if len({id(part.cache) for part in step.parts}) < len(step.parts):
+        if len(step.parts) > 1 and len({id(part.cache) for part in step.parts}) < len(step.parts):
             return None  # a place ends with the next one in the same cache
         places = []
         for part in step.parts:
@@ -276,11 +276,11 @@ class DecoderLayer:
         """`dense`, which has begun: the rest of it. An `answer` that comes meanwhile is taken while the other
         threads go on."""
         start, before = perf_counter(), 0.0
+        file = -1 if answer is None else answer.file
         try:
             # What came may be a part of it, or another's: a few looks, each while the others go on.
-            for _ in range(0 if answer is None else LOOKS):
-                assert answer is not None
-                if not self.ops.mlp_until(begun, answer.file):
+            for _ in range(LOOKS):
+                if answer is None or file < 0 or not self.ops.mlp_until(begun, file):
                     break
                 before += step.record("dense", self.index, start) - start
                 over = answer.look()

@@ -16,7 +16,7 @@ import pytest
 from splitinfer.cli import bench_decode, decode
 from splitinfer.cli.calibration import Effort
 from splitinfer.engine_config import EngineConfig
-from splitinfer.planning.cost import Prediction
+from splitinfer.planning.cost import ClientCost, Curve, Prediction
 from tests.cli.conftest import Cli, listening
 
 if TYPE_CHECKING:
@@ -105,6 +105,13 @@ def test_a_stream_that_begins_late_is_waited_for() -> None:
     bench = decode.Bench(Path("model"), EngineConfig(), [], effort=SHORT)
     assert asyncio.run(bench._together(cast("AsyncEngine", Uneven()), 2)) > 0
     assert given.count(1) == SHORT.tokens
+
+
+def test_a_case_is_predicted_from_what_was_measured_over_its_link() -> None:
+    links = [decode.Link(name, None) for name in ("0.2ms", "2ms", "20ms")]
+    near, far = (ClientCost(*[Curve.constant(seconds)] * 4) for seconds in (0.1, 0.2))
+    bench = decode.Bench(Path("model"), EngineConfig(), links, clients={"0.2ms": near, "2ms": far})
+    assert [bench._client_over(link) for link in links] == [near, far, far]
 
 
 def test_a_pass_that_was_disturbed_decides_nothing() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -206,3 +207,32 @@ def test_int8_takes_half_of_the_memory() -> None:
                 cache.append(layer, start, new, new)
         nbytes[int8] = cache.nbytes
     assert 0.5 < nbytes[True] / nbytes[False] < 0.51
+
+
+class Scarce:
+    """A buffer that there is no memory to grow."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.shape = buffer.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def new_empty(self, shape: object) -> torch.Tensor:
+        raise MemoryError
+
+
+def test_a_growth_that_fails_leaves_no_address_behind(config: ModelConfig) -> None:
+    cache = KVCache(config)
+    cache.begin(1)
+    assert cache.place(FULL, 0, 1, torch.float32) is not None
+    buffers = cache._stores[FULL].buffers
+    values, buffers[1] = buffers[1], cast(torch.Tensor, Scarce(buffers[1]))
+    with pytest.raises(MemoryError):
+        cache.place(FULL, 0, CHUNK + 1, torch.float32)
+    buffers[1] = values
+    for rows in (CHUNK + 1, 1):
+        place = cache.place(FULL, 0, rows, torch.float32)
+        assert place is not None
+        assert (place.keys, place.values) == (buffers[0].data_ptr(), buffers[1].data_ptr())
+        assert {buffer.shape[1] for buffer in buffers} == {place.capacity}

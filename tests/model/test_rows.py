@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from splitinfer.errors import CapacityError
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import kernels
 from splitinfer.model.quantize import quantize
-from splitinfer.model.row_kernels import row_ops
+from splitinfer.model.row_kernels import done, row_ops
 from splitinfer.model.rows import Dense, Routing, TorchRows
 
 BUILT = kernels()
@@ -214,6 +215,12 @@ def test_a_dense_network_begun_beside_gives_the_same(rows: int, threads: int) ->
             assert torch.equal(ops.end_mlp(begun), ops.mlp(given, dense))
     finally:
         torch.set_num_threads(before)
+
+
+def test_missing_memory_is_told_with_the_rows_that_wanted_it() -> None:
+    done(0, 512)
+    with pytest.raises(CapacityError, match="512 rows"):
+        done(-1, 512)
 
 
 @needs_kernels
