@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from reprlib import repr as shortened
 from time import perf_counter
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ from splitinfer.in_flight import ExpertCall, Pending
 from splitinfer.lost_nodes import gone, late, naming, still_holds
 from splitinfer.model.experts import Where, expert_ids
 from splitinfer.placement import Columns, Holding, Placement
+from splitinfer.ready_requests import ReadyRequests, Shape
 from splitinfer.timing import Timeline
 
 __all__ = ["NodeInfo", "RemoteExperts"]
@@ -187,6 +189,38 @@ class RemoteExperts:
         shares = divide(self._owners[layer], wire)
         out = _name(wire.x.dtype) if len(shares) == 1 and not self._exact else self._wide
         calls = self._send(layer, shares, out, deadline)
+        return self._collect(layer, wire, calls, start, timeline)
+
+    def outgoing(self, layer: int, x: Tensor, k: int) -> ReadyRequests | None:
+        """See `model.experts.Preparing`. None where the rows are too many, where a node is sent some of them
+        only, and while a node is away."""
+        ready = self._ready.get((layer, x.shape, x.dtype))
+        if ready is None:
+            ready = self._lay_out(layer, Shape(x.shape[0], x.shape[1], _name(x.dtype), k))
+            self._ready[layer, x.shape, x.dtype] = ready
+        return ready if ready and not self._avoided and ready.may_go() else None
+
+    def _lay_out(self, layer: int, shape: Shape) -> ReadyRequests | Literal[False]:
+        owner = self._owners[layer]
+        if not ReadyRequests.fits(shape, owner):
+            return False
+        out = shape.dtype if owner.sole is not None and not self._exact else self._wide
+        collect = partial(self._collect, layer)
+        return ReadyRequests(EXPERT_CALL, layer, shape, owner, self._channels, out, self._timeout, collect)
+
+    def _collect(
+        self,
+        layer: int,
+        wire: Rows,
+        calls: list[ExpertCall],
+        start: float,
+        timeline: Timeline | None,
+    ) -> Pending:
+        """The sum of what was asked at `start`. The next layer's calls are made ready while the nodes work."""
+        ready = self._ready.get((layer + 1, wire.x.shape, wire.x.dtype))
+        if ready:
+            ready.stamp()
+        deadline = start + self._timeout
         if timeline is not None:
             timeline.add("dispatch", layer, start, perf_counter())
             if timeline.spans is not None:
@@ -204,6 +238,8 @@ class RemoteExperts:
         """Ask others instead of these `nodes` for a while, wherever there are others."""
         self._avoided, self._avoided_until = nodes, perf_counter() + AVOID_FOR
         self._owners = {layer: Owner(self._owner(layer)) for layer in self.placement.holders}
+        # For as long as these are asked: by layer, shape and dtype of x; False where nothing can lie ready.
+        self._ready: dict[Any, ReadyRequests | Literal[False]] = {}
 
     def _owner(self, layer: int, span: Columns | None = None) -> npt.NDArray[np.int16]:
         """`Placement.owner`, asking avoided nodes only for what nobody else holds."""

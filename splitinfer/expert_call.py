@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, Final, NamedTuple
 
 import torch
 
 from splitinfer import transport
 from splitinfer.errors import UsageError
+from splitinfer.model.native import Answer, Frame, address_of
 from splitinfer.placement import Holding
 
 __all__ = ["ExpertCalls", "Request"]
@@ -28,6 +30,23 @@ class Request(NamedTuple):
     out: str
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the answer."""
+        return prod(self.shape) * self.out_dtype.itemsize
+
+
+class ReadyAnswer:
+    """An answer that lies ready but for the sums, which the kernels write into `out` and send on."""
+
+    __slots__ = ("answer", "out", "parcel")
+
+    def __init__(self, request: Request) -> None:
+        self.parcel = transport.Parcel("", [(request.out, request.shape)], {"compute_us": transport.NUMBER})
+        self.out = self.parcel.tensors[0].data
+        frame = Frame(address_of(self.parcel.frame), self.parcel.frame.nbytes, -1, 0)
+        self.answer = Answer(frame, address_of(self.parcel.number))
+
 
 class ExpertCalls:
     """Reads the calls of a node that holds `holding` of a model. What was checked once, layer, dtypes and
@@ -37,6 +56,7 @@ class ExpertCalls:
         self._hidden_size = hidden_size
         self._holding = holding
         self._known: dict[Any, tuple[torch.dtype, torch.dtype]] = {}
+        self._ready: dict[tuple[str, tuple[int, ...]], ReadyAnswer] = {}
 
     def read(self, call: transport.Call) -> Request:
         """Raises UsageError for what cannot be computed here."""
@@ -50,6 +70,22 @@ class ExpertCalls:
             x, index, weights = tensors
             layer, out = meta["layer"], meta["out"]
         return Request(layer, x.data, index.data, weights.data, index.shape, dtype, out_dtype, out, x.shape)
+
+    def ready_answer(self, call: transport.Call, request: Request) -> ReadyAnswer | None:
+        """One that may be sent from within the arithmetic; None where it has to go as others do."""
+        kind = request.out, request.shape
+        ready = self._ready.get(kind)
+        if ready is None:
+            if not 0 < request.nbytes <= transport.PARCEL_NBYTES or not request.top_k_index.nbytes:
+                return None
+            if len(self._ready) >= _REMEMBERED:
+                self._ready.clear()
+            ready = self._ready[kind] = ReadyAnswer(request)
+        file = call.stamp(ready.parcel)
+        if file is None:
+            return None
+        ready.answer.frame.file = file
+        return ready
 
     def _check(self, call: transport.Call) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes of x and of the answer; remembers that such a call is fine."""

@@ -33,7 +33,7 @@ COPIED_NBYTES = 32 << 10  # up to here a copy costs less than a view
 class Rows:
     """A block of rows: x [rows, hidden], top_k_index (as `expert_ids` gives it) and weights [rows, k]."""
 
-    __slots__ = ("_top_k_index", "_weights", "tensors", "x")
+    __slots__ = ("_tensors", "_top_k_index", "_weights", "x")
 
     def __init__(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         # No operator of torch where it would change nothing: each takes a microsecond or two.
@@ -42,17 +42,23 @@ class Rows:
         if top_k_weights.dtype is not torch.float32 or not top_k_weights.is_contiguous():
             top_k_weights = top_k_weights.to(torch.float32).contiguous()
         self.x, self._top_k_index, self._weights = x, top_k_index, top_k_weights
-        # All of it, as it goes to a node that is asked for everything.
-        self.tensors: list[transport.Array]
-        if x.nbytes <= COPIED_NBYTES:
-            shape, places = tuple(x.shape), tuple(top_k_index.shape)
-            self.tensors = [
-                transport.Tensor(_NAMES[x.dtype], shape, _copy(x)),
-                transport.Tensor("int16", places, _copy(self._top_k_index)),
-                transport.Tensor("float32", places, _copy(top_k_weights)),
-            ]
-        else:
-            self.tensors = [x, self.top_k_index, self.weights]
+        self._tensors: list[transport.Array] | None = None
+
+    @property
+    def tensors(self) -> list[transport.Array]:
+        """All of it, as it goes to a node that is asked for everything."""
+        if self._tensors is None:
+            x, index = self.x, self._top_k_index
+            if x.nbytes <= COPIED_NBYTES:
+                shape, places = tuple(x.shape), tuple(index.shape)
+                self._tensors = [
+                    transport.Tensor(_NAMES[x.dtype], shape, _copy(x)),
+                    transport.Tensor("int16", places, _copy(index)),
+                    transport.Tensor("float32", places, _copy(self._weights)),
+                ]
+            else:
+                self._tensors = [x, self.top_k_index, self.weights]
+        return self._tensors
 
     @property
     def top_k_index(self) -> Experts:
@@ -73,6 +79,10 @@ class Owner:
         self.lists: list[list[int]] = table.tolist()
         nodes = set(table.ravel().tolist())
         self.sole = nodes.pop() if len(nodes) == 1 else None  # the node that is asked for everything
+
+    def asked(self, node: int) -> bytearray:
+        """By expert: 1 where this node is asked for it, or for a slice of it."""
+        return bytearray((self.table == node).any(axis=0).astype(np.uint8).tobytes())
 
 
 class Share(NamedTuple):

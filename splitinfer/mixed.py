@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from splitinfer.errors import UsageError
-from splitinfer.model.experts import ExpertBank, Experts, LocalExperts, Where
+from splitinfer.model.experts import ExpertBank, Experts, LocalExperts, Outgoing, Where
 from splitinfer.model.footprint import Sizes
 from splitinfer.model.quantize import QuantConfig
 from splitinfer.model.weights import Checkpoint
@@ -38,6 +38,10 @@ class MixedExperts:
         timeline: Timeline | None = None,
     ) -> Awaitable[Tensor]:
         return self._of(layer).dispatch(layer, x, top_k_index, top_k_weights, timeline)
+
+    def outgoing(self, layer: int, x: Tensor, k: int) -> Outgoing | None:
+        prepare = getattr(self._of(layer), "outgoing", None)
+        return None if prepare is None else prepare(layer, x, k)
 
     def _of(self, layer: int) -> Experts:
         return self._local if layer in self._layers else self.remote

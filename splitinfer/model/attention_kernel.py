@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from ctypes import Array
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from splitinfer.model.native import is_bfloat16, kernels
+from splitinfer.model.native import Request, is_bfloat16, kernels
 from splitinfer.model.row_kernels import address, done, struct_of
 from splitinfer.model.rows import Begun, Dense, Routing
 
@@ -59,7 +60,8 @@ def _function() -> Any:
     function = built.library.splitinfer_attention
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     function.argtypes = [
-        pointer, pointer, size, pointer, integer, size, *[pointer] * 8, integer, pointer, integer,
+        pointer, pointer, size, pointer, integer, size, *[pointer] * 8, integer, pointer, pointer, size,
+        integer,
     ]  # fmt: skip
     return function
 
@@ -120,9 +122,11 @@ class AttentionKernel:
         *,
         begins: bool,
         gives_way: bool,
+        requests: Array[Request] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None, Begun | None]:
         """As `TorchRows.attention_out`, of x [rows, H]. `places` has how many of these rows each sequence has
-        and where its keys and values go. With `begins` the dense network does."""
+        and where its keys and values go. With `begins` the dense network does. `requests` are filled, and go
+        where they say."""
         x = x.contiguous()
         rows, hidden = x.shape
         total, one, two, dense = torch.empty((4, rows, hidden), dtype=x.dtype).unbind()
@@ -142,7 +146,8 @@ class AttentionKernel:
                 rotation.cos.data_ptr(), rotation.sin.data_ptr(), total.data_ptr(), one.data_ptr(),
                 two.data_ptr() if self._second else None, address(index), address(weights),
                 dense.data_ptr() if begins else None, gives_way, ctypes.addressof(handle),
-                torch.get_num_threads(),
+                None if requests is None else ctypes.addressof(requests),
+                0 if requests is None else len(requests), torch.get_num_threads(),
             ),
             rows,
         )  # fmt: skip

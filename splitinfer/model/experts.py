@@ -6,6 +6,7 @@ Shape letters: H hidden_size, I moe_intermediate_size, K top_k_experts.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Generator, Mapping, Sequence
+from ctypes import Array
 from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -19,12 +20,21 @@ from splitinfer.fixed_point import from_fixed, out_of_range
 from splitinfer.model.compute import run, runs_inline, submit
 from splitinfer.model.exact import expert_in_fixed_point
 from splitinfer.model.linear import Linear, matrix_of
-from splitinfer.model.native import DTYPES, FIXED_SUM, Matrix, address_of, kernels
+from splitinfer.model.native import DTYPES, FIXED_SUM, Answer, Matrix, Request, address_of, kernels
 from splitinfer.model.quantize import Packed, format_of
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
 
-__all__ = ["Arriving", "ExpertBank", "Experts", "LocalExperts", "Where", "expert_ids"]
+__all__ = [
+    "Arriving",
+    "ExpertBank",
+    "Experts",
+    "LocalExperts",
+    "Outgoing",
+    "Preparing",
+    "Where",
+    "expert_ids",
+]
 
 T = TypeVar("T")
 
@@ -39,6 +49,28 @@ class Arriving(Protocol):
     file: int
 
     def look(self) -> bool: ...
+
+
+class Outgoing(Protocol):
+    """A layer's expert calls before there are any rows: messages that lie ready for the kernels, which write
+    rows and chosen experts into `requests` and send them on within the call that computed these."""
+
+    requests: Array[Request]
+
+    def post(
+        self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, timeline: Timeline | None = None
+    ) -> Awaitable[Tensor]:
+        """The same was written into the requests: what `Experts.dispatch` would have returned for it."""
+        ...
+
+
+class Preparing(Protocol):
+    """What `Experts` may have besides."""
+
+    def outgoing(self, layer: int, x: Tensor, k: int) -> Outgoing | None:
+        """The calls for rows like x [rows, H], each with k experts. `post`, or nothing, has to come before
+        anything is awaited. None where they have to be dispatched."""
+        ...
 
 
 class Experts(Protocol):
@@ -132,6 +164,11 @@ class ExpertBank:
         """Bytes of the weights held: what this bank makes resident once every expert was used."""
         return sum(layer.nbytes for layer in self._layers.values())
 
+    @property
+    def sends(self) -> bool:
+        """Whether `forward_bytes` sends answers: with the kernels."""
+        return self._kernels is not None
+
     def forward(
         self,
         layer: int,
@@ -177,12 +214,15 @@ class ExpertBank:
         places: tuple[int, ...],
         dtype: torch.dtype,
         out_dtype: torch.dtype,
-    ) -> bytearray:
-        """`forward` of x's bytes in `dtype`, to the sums' bytes in `out_dtype`. `places` is [rows, K], the
-        shape of the index, int16, and of the weights, float32.
+        out: bytearray | memoryview,
+        answer: Answer | None = None,
+    ) -> None:
+        """`forward` of x's bytes in `dtype`, to the sums' bytes in `out_dtype`, into `out`. `places` is
+        [rows, K], the shape of the index, int16, and of the weights, float32.
 
         For one decoded row, tensors of what came off the wire would cost as much as a small expert. The
-        memory given is writable, and aligned for its dtypes.
+        memory given is writable, and aligned for its dtypes. An `answer`, in whose frame `out` lies, goes on
+        its way at once, if `sends`.
         """
         rows, k = places
         held = self._layers.get(layer)
@@ -193,17 +233,16 @@ class ExpertBank:
             index = torch.from_numpy(np.ndarray(places, np.int16, top_k_index))
             weights = torch.from_numpy(np.ndarray(places, np.float32, top_k_weights))
             sums = self.forward(layer, tensors, index, weights, out_dtype)
-            return bytearray(sums.contiguous().view(torch.uint8).numpy())
-        out = bytearray(rows * self.hidden_size * out_dtype.itemsize)
+            out[:] = sums.contiguous().view(torch.uint8).numpy().tobytes()
+            return
         kind = FIXED_SUM if out_dtype is FIXED else int(out_dtype is torch.bfloat16)
         try:
             self._kernels.experts_at(
                 held.gate_up, held.down, address_of(x), dtype is torch.bfloat16, rows,
-                address_of(top_k_index), address_of(top_k_weights), k, address_of(out), kind,
+                address_of(top_k_index), address_of(top_k_weights), k, address_of(out), kind, answer,
             )  # fmt: skip
         except (KeyError, OverflowError) as error:
             raise _refusal(error, layer) from None
-        return out
 
     def _forward(
         self, held: _Layer, layer: int, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor

@@ -165,14 +165,19 @@ class Gemma:
             step.leave(layer.index)
             return x
         if runs_inline(rows, layer.route) and runs_inline(rows, layer.dense):
-            to = run(layer.route, x, step, self.experts.where(layer.index))
+            prepare = getattr(self.experts, "outgoing", None)  # see `model.experts.Preparing`
+            outgoing = None if prepare is None else prepare(layer.index, x, self.config.top_k_experts)
+            to = run(layer.route, x, step, self.experts.where(layer.index), outgoing)
         else:
             to = await compute(rows, layer.route, x, step)
         try:
             assert to.expert_input is not None
             assert to.chosen is not None
             step.leave(layer.index)
-            routed = self.experts.dispatch(layer.index, to.expert_input, *to.chosen, step.timeline)
+            if to.sent is not None:
+                routed = to.sent.post(to.expert_input, *to.chosen, step.timeline)
+            else:
+                routed = self.experts.dispatch(layer.index, to.expert_input, *to.chosen, step.timeline)
         except BaseException:
             if to.dense is not None:
                 layer.end_dense(to.dense, step)

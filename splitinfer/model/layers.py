@@ -22,7 +22,7 @@ from splitinfer.model.attention_kernel import AttentionKernel
 from splitinfer.model.cache import KVCache, Place
 from splitinfer.model.compute import took
 from splitinfer.model.config import ModelConfig
-from splitinfer.model.experts import Arriving, Where
+from splitinfer.model.experts import Arriving, Outgoing, Where
 from splitinfer.model.front import Front
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
@@ -41,13 +41,14 @@ LOOKS = 3  # for an answer while the dense network runs
 class Routed(NamedTuple):
     """What the router hands on: the residual and both branches' inputs [rows, H], and the choice: index and
     weights [rows, K]. These two are None in a model without experts. `dense` is that branch, where it has
-    begun."""
+    begun, `sent` the expert calls where they are under way."""
 
     residual: Tensor
     dense_input: Tensor
     expert_input: Tensor | None
     chosen: tuple[Tensor, Tensor] | None
     dense: Begun | None = None
+    sent: Outgoing | None = None
 
 
 class Part(NamedTuple):
@@ -219,11 +220,14 @@ class DecoderLayer:
                 self.mlp,
             )
 
-    def route(self, x: Tensor, step: Step, beside: Where = "here") -> Routed:
+    def route(
+        self, x: Tensor, step: Step, beside: Where = "here", outgoing: Outgoing | None = None
+    ) -> Routed:
         """Attention, the choice of experts, and the inputs of both branches.
 
         With experts elsewhere the dense branch begins where it can: then `end_dense` has to follow, whatever
-        happens, on the same thread. The reference has three norms here that differ only in their weights.
+        happens, on the same thread. `outgoing` calls may be on their way then, too.
+        The reference has three norms here that differ only in their weights.
         """
         start = perf_counter()
         places = self._places(x, step) if self.kernel is not None else None
@@ -234,8 +238,10 @@ class DecoderLayer:
                 places,
                 begins=beside != "here",
                 gives_way=beside == "near",
+                requests=None if outgoing is None else outgoing.requests,
             )
         else:
+            outgoing = None
             x, dense_input, expert_input, chosen, begun = self.ops.attention_out(
                 self.attention(x, step),
                 self.attention.output,
@@ -252,7 +258,7 @@ class DecoderLayer:
             expert_input, *choice = step.staging.to_host(expert_input, *chosen)
             chosen = choice[0], choice[1]
         step.record("attention", self.index, start)
-        return Routed(x, dense_input, expert_input, chosen, begun)
+        return Routed(x, dense_input, expert_input, chosen, begun, outgoing)
 
     def _places(self, x: Tensor, step: Step) -> list[tuple[int, Place]] | None:
         """How many rows each sequence has and where its keys and values go; None if one cannot say."""

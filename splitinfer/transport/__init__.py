@@ -20,12 +20,15 @@ from splitinfer.transport.client import Channel, connect
 from splitinfer.transport.config import ClientConfig, ServerConfig
 from splitinfer.transport.frames import Limits
 from splitinfer.transport.messages import Call, Reply
+from splitinfer.transport.parcel import NUMBER, PARCEL_NBYTES, Parcel, Posted
 from splitinfer.transport.security import Token, load_token
 from splitinfer.transport.server import Answer, Handler, Server, serve
 from splitinfer.transport.session import Stats
 from splitinfer.transport.tensors import Array, Tensor
 
 __all__ = [
+    "NUMBER",
+    "PARCEL_NBYTES",
     "Address",
     "Answer",
     "Array",
@@ -34,6 +37,8 @@ __all__ = [
     "ClientConfig",
     "Handler",
     "Limits",
+    "Parcel",
+    "Posted",
     "Reply",
     "Server",
     "ServerConfig",

@@ -16,6 +16,7 @@ from splitinfer.transport.calls import SingleCall, StreamCall
 from splitinfer.transport.config import ClientConfig
 from splitinfer.transport.link import EmulatedLink
 from splitinfer.transport.messages import Reply
+from splitinfer.transport.parcel import Parcel
 from splitinfer.transport.session import Session, Stats
 from splitinfer.transport.tensors import Array
 
@@ -92,6 +93,31 @@ class Channel:
             task = self._loop.create_task(self._start_later(call, method, tensors, meta, timeout))
             self._waiting.add(task)
             task.add_done_callback(self._waiting.discard)
+        return call
+
+    def stamp(self, parcel: Parcel, timeout: float) -> bool:
+        """Make a parcel a call to come, of at most `timeout` seconds. False where that cannot be, and `start`
+        has to be asked."""
+        session = self._session
+        return session is not None and not session.link.closed and session.stamp(parcel, timeout)
+
+    def direct(self, parcel: Parcel) -> int | None:
+        """Where a parcel that was stamped may be written to as soon as it is filled: a descriptor, -1 for
+        nowhere; None where it has to be stamped anew. `post` has to come before anything is awaited."""
+        session = self._session
+        if session is None or session.link.closed or parcel.owner is not session.connection:
+            return None
+        return session.link.direct
+
+    def post(self, parcel: Parcel, sent: int = 0, *, timeout: float) -> asyncio.Future[Reply]:
+        """Make the call for which a parcel was stamped, of which the kernel took `sent` bytes; the rest
+        follows, and the parcel is free again. The future is that of `start`."""
+        session = self._session
+        call = SingleCall(loop=self._loop)
+        if session is None or session.link.closed:
+            call.fail(ConnectionLost("the connection has ended", peer=self.address))
+        else:
+            session.expect(call, session.post(parcel, sent), parcel.method, timeout)
         return call
 
     def look(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitinfer.transport.parcel import Parcel
 
 __all__ = ["Call", "Message", "Reply"]
 
@@ -60,13 +63,22 @@ class Call(Message):
     `deadline` is in seconds of the monotonic clock.
     """
 
-    __slots__ = ("deadline", "peer")
+    __slots__ = ("deadline", "peer", "stamps")
     deadline: float
     peer: str
+    stamps: Callable[[int, Parcel], int | None]
 
     def time_left(self) -> float:
         """Seconds until the caller has no more use for an answer; never negative."""
         return max(0.0, self.deadline - monotonic())
+
+    def stamp(self, parcel: Parcel) -> int | None:
+        """Make a parcel the answer: fill it then, without awaiting anything, and answer with `Posted`.
+
+        Returns the descriptor to which it may be written before that, -1 where it may not; None where nothing
+        can be made of it, and an ordinary `Reply` is needed.
+        """
+        return self.stamps(self.id, parcel)
 
     def __repr__(self) -> str:
         return f"Call({self.method!r}, {list(self.tensors)}, {self.meta})"

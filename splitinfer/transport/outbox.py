@@ -33,6 +33,7 @@ from splitinfer.transport.frames import (
     pack_map,
     pack_table,
 )
+from splitinfer.transport.parcel import Parcel
 from splitinfer.transport.tensors import Array, Tensor, TensorSpec, data_of, is_plain, joinable, spec_of
 
 __all__ = ["Codec", "Outbox", "Piece"]
@@ -249,6 +250,18 @@ class Outbox:
         padded = [part for spec in specs for part in (b"", ZEROS[-spec.nbytes & 63])]
         nbytes = sum(aligned(spec.nbytes) for spec in specs)
         self._small[key] = _Small(table, nbytes, padded if any(padded) else None, bytes_of)
+
+    def takes(self, parcel: Parcel) -> bool:
+        """Whether it may go as it lies: the peer takes it, and in no other form."""
+        if self.codec is not None and parcel.body_nbytes >= self.codec.min_nbytes:
+            return False
+        return parcel.fits(self.limits) and self.nbytes + len(parcel.frame) <= self.limits.max_buffered
+
+    def post(self, parcel: Parcel, sent: int) -> None:
+        """Queue what is left of a parcel, of which `sent` bytes have gone."""
+        self.sent_nbytes += sent
+        if sent < len(parcel.frame):
+            self.add(parcel.id, bytes(parcel.frame[sent:]))
 
     def add(self, id: int, head: bytes, body: Sequence[Piece] = (), body_nbytes: int = 0) -> None:
         """Queue frames: `head` is a whole frame, or the first one of a message up to its body, of which it

@@ -31,6 +31,7 @@ from splitinfer.transport.handshake import MAX_HELLO, Authenticator, Handshake, 
 from splitinfer.transport.inbox import Inbox
 from splitinfer.transport.messages import Call, Message
 from splitinfer.transport.outbox import Codec, Outbox
+from splitinfer.transport.parcel import Parcel
 from splitinfer.transport.refusals import cancelled, misplaced, no_room_here, no_room_there, unasked
 from splitinfer.transport.tensors import Array
 from splitinfer.transport.vitals import Vitals
@@ -90,7 +91,8 @@ class Connection:
             link_rate=int(codec.link_rate or 0) if codec else 0,
             peer=peer,
         )
-        self.made = 0  # calls so far: the last id
+        self.made = 0  # calls so far
+        self._last_id = 0  # more, where a parcel that was stamped was not needed
         # A client's calls in flight, by id: whose they are, None once cancelled here.
         self._callers: dict[int, Any] = {}
         # A server's: the bytes held for each.
@@ -283,11 +285,27 @@ class Connection:
         callers = self._callers
         if self.draining or len(callers) >= self.outbox.limits.max_calls:
             raise no_room_there(self.draining, self.outbox.limits.max_calls, self.peer)
-        id = self.made + 1
+        id = self._last_id + 1
         self.outbox.send(REQUEST, id, method, tensors, meta, milliseconds_left)
-        self.made = id
+        self._last_id = id
+        self.made += 1
         callers[id] = caller
         return id
+
+    def stamp(self, parcel: Parcel, milliseconds_left: int) -> bool:
+        """Make a parcel a call to come. False where it cannot go as it is, and `request` has to be asked."""
+        outbox = self.outbox
+        if self.draining or len(self._callers) >= outbox.limits.max_calls or not outbox.takes(parcel):
+            return False
+        self._last_id += 1  # whatever becomes of it: an id that may have gone is not given again
+        parcel.stamp(self, self._last_id, milliseconds_left)
+        return True
+
+    def post(self, parcel: Parcel, sent: int) -> int:
+        """Queue what is left of a parcel, of which `sent` bytes have gone; returns the call's id."""
+        self.made += 1
+        self.outbox.post(parcel, sent)
+        return parcel.id
 
     def adopt(self, id: int, caller: Any) -> None:
         """A request made without a `caller` gets one."""
@@ -320,6 +338,18 @@ class Connection:
         if id in self._held:
             self.outbox.send(REPLY, id, "", tensors, meta)
             self._held_nbytes -= self._held.pop(id)
+
+    def stamp_answer(self, id: int, parcel: Parcel) -> bool:
+        """Make a parcel the answer to a call. False where it cannot go as it is, and `reply` is needed."""
+        if id not in self._held or not self.outbox.takes(parcel):
+            return False
+        parcel.stamp(self, id, 0)
+        return True
+
+    def post_answer(self, id: int, parcel: Parcel, sent: int) -> None:
+        """Queue what is left of an answer of which `sent` bytes have gone."""
+        self.outbox.post(parcel, sent)
+        self._held_nbytes -= self._held.pop(id)
 
     def item(self, id: int, tensors: Sequence[Array], meta: dict[str, Any]) -> None:
         """One answer of a stream; the caller counts credit. Raises LocalProtocolError as `reply` does."""

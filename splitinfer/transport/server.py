@@ -34,6 +34,7 @@ from splitinfer.transport.endpoints import listen, tune
 from splitinfer.transport.frames import CANCEL, CREDIT, ERROR, REQUEST, pack_frame, pack_map
 from splitinfer.transport.handshake import error_map
 from splitinfer.transport.messages import Call, Reply
+from splitinfer.transport.parcel import Parcel, Posted
 from splitinfer.transport.protocol import STREAM_WINDOW, Connection
 from splitinfer.transport.security import TokenAuthenticator, check_exposure
 from splitinfer.transport.sockets import Link
@@ -44,7 +45,7 @@ __all__ = ["Answer", "Call", "Handler", "Server", "serve"]
 
 log = logging.getLogger("splitinfer.transport")
 
-Answer: TypeAlias = "Reply | Sequence[Array] | AsyncIterator[Reply] | None"
+Answer: TypeAlias = "Reply | Posted | Sequence[Array] | AsyncIterator[Reply] | None"
 Handler: TypeAlias = "Callable[[Call], Answer | Awaitable[Answer]]"
 Info: TypeAlias = "Mapping[str, Any] | Callable[[], Mapping[str, Any]]"
 
@@ -254,6 +255,7 @@ class _Peer:
             peer=_name_of(sock, server.address),
         )
         self.link = Link(loop, sock, self.connection, self, tls, busy_poll=config.busy_poll)
+        self.stamps = self._stamp
 
     # ---- what the link tells
 
@@ -264,7 +266,7 @@ class _Peer:
                 return
             left = message.value / 1000
             message.deadline = monotonic() + (left if 0 < left < self._call_timeout else self._call_timeout)
-            message.peer = connection.peer
+            message.peer, message.stamps = connection.peer, self.stamps
             try:
                 self._answer(id, self._handler(message), message.deadline)
             except asyncio.CancelledError:  # of something that the handler waited for: nobody cancels us here
@@ -291,6 +293,10 @@ class _Peer:
             log.info("dropped: %s", error)
 
     # ---- calls
+
+    def _stamp(self, id: int, parcel: Parcel) -> int | None:
+        """See `Call.stamp`."""
+        return self.link.direct if self.connection.stamp_answer(id, parcel) else None
 
     def _wait_for(self, id: int, running: _Running) -> None:
         self.running[id] = running
@@ -321,6 +327,8 @@ class _Peer:
             answer = eager.start(answer, self._loop)
         if type(answer) is Reply:
             self.connection.reply(id, answer.tensors, answer.meta)
+        elif type(answer) is Posted:
+            self.connection.post_answer(id, answer.parcel, answer.sent)
         elif type(answer) is list:
             self.connection.reply(id, answer, {})
         elif asyncio.isfuture(answer):

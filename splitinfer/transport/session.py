@@ -32,6 +32,7 @@ from splitinfer.transport.deadlines import Deadlines
 from splitinfer.transport.endpoints import dial
 from splitinfer.transport.frames import END, ERROR, ITEM, PONG, REPLY, WELCOME
 from splitinfer.transport.messages import Message
+from splitinfer.transport.parcel import Parcel
 from splitinfer.transport.protocol import Connection
 from splitinfer.transport.security import TokenAuthenticator
 from splitinfer.transport.sockets import Link
@@ -141,10 +142,17 @@ class Session:
 
         Raises LocalProtocolError, Overloaded: then nothing was sent.
         """
-        left = (
-            ceil(timeout * 1000) if 0 < timeout < _MAX_SECONDS else _MAX_SECONDS * 1000 if timeout > 0 else 1
-        )
-        id = self.connection.request(method, tensors, meta, left)
+        id = self.connection.request(method, tensors, meta, _milliseconds(timeout))
+        self.link.flush()
+        return id
+
+    def stamp(self, parcel: Parcel, timeout: float) -> bool:
+        """Make a parcel a call to come. False where it cannot go as it is."""
+        return self.connection.stamp(parcel, _milliseconds(timeout))
+
+    def post(self, parcel: Parcel, sent: int) -> int:
+        """Send what is left of it; returns its id, for `expect` at once."""
+        id = self.connection.post(parcel, sent)
         self.link.flush()
         return id
 
@@ -261,6 +269,13 @@ async def _handshake(
             f"{address}: no TLS connection ({error})", peer=address, remedy="Check that both sides use TLS."
         ) from None
     check_peer(stream.peer_certificate, tls, address)
+
+
+def _milliseconds(timeout: float) -> int:
+    """What the wire says of it."""
+    if 0 < timeout < _MAX_SECONDS:
+        return ceil(timeout * 1000)
+    return _MAX_SECONDS * 1000 if timeout > 0 else 1
 
 
 def _codec_of(config: ClientConfig, target: Address) -> TensorCodec | None:

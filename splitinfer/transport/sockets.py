@@ -93,6 +93,14 @@ class Link:
             loop.call_soon(self._read_rest)
         self.flush()
 
+    @property
+    def direct(self) -> int:
+        """The descriptor, for whoever has a whole message for it now and calls `flush` after it; -1 where its
+        bytes would overtake others or have to be encrypted."""
+        if self.closed or self._writing or self._outbox.nbytes or self._tls is not None:
+            return -1
+        return self.file
+
     def look(self) -> None:
         """Read what has come already, without waiting for the loop to tell of it.
 

@@ -257,7 +257,8 @@ def test_bytes_give_what_tensors_give(
         expected = bank.forward(LAYER, x, index, weights, out)
         for bank_kernels in (bank._kernels, None):
             monkeypatch.setattr(bank, "_kernels", bank_kernels)
-            found = bank.forward_bytes(LAYER, *given, tuple(index.shape), dtype, out)
+            found = bytearray(expected.nbytes)
+            bank.forward_bytes(LAYER, *given, tuple(index.shape), dtype, out, found)
             sums = torch.frombuffer(found, dtype=out) if rows else torch.empty(0, dtype=out)
             close = (1e-2, 1e-2) if bank_kernels is None and out is not torch.int64 else (0.0, 0.0)
             if bank_kernels is not None or out is not torch.int64:
@@ -270,9 +271,13 @@ def test_bytes_that_name_what_is_not_held_are_refused(checkpoint: Checkpoint) ->
     x, weights = (memoryview(bytearray(4 * n)) for n in (HIDDEN, 1))
     seventh = memoryview(bytearray(b"\7\0"))
     with pytest.raises(PlacementError, match="expert 7 of layer 2"):
-        bank.forward_bytes(LAYER, x, seventh, weights, (1, 1), torch.float32, torch.float32)
+        bank.forward_bytes(
+            LAYER, x, seventh, weights, (1, 1), torch.float32, torch.float32, bytearray(4 * HIDDEN)
+        )
     with pytest.raises(PlacementError, match="layer 3"):
-        bank.forward_bytes(3, x, seventh, weights, (1, 1), torch.float32, torch.float32)
+        bank.forward_bytes(
+            3, x, seventh, weights, (1, 1), torch.float32, torch.float32, bytearray(4 * HIDDEN)
+        )
 
 
 def test_ids_that_are_no_experts_are_refused() -> None:

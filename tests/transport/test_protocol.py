@@ -35,7 +35,18 @@ from tests.transport.wire import LARGE, call, feed, move, pair, taken
 
 @pytest.mark.parametrize(
     "name",
-    ["protocol", "refusals", "inbox", "outbox", "frames", "handshake", "messages", "buffers", "vitals"],
+    [
+        "protocol",
+        "refusals",
+        "inbox",
+        "outbox",
+        "frames",
+        "handshake",
+        "messages",
+        "buffers",
+        "parcel",
+        "vitals",
+    ],
 )
 def test_no_event_loop_no_socket_no_torch(name: str) -> None:
     """The floor of the transport, held by what its files import outside of type checking."""
@@ -284,7 +295,7 @@ def test_a_server_is_told_nothing(kind: int) -> None:
 def test_request_ids_are_unique_among_those_in_flight(large: bool) -> None:
     client, server = pair()
     call(client, server)
-    client.made = 0
+    client._last_id = 0
     client.request("m", [LARGE] if large else [], {}, 0)
     with pytest.raises(RemoteProtocolError, match="not free"):
         move(client, server)

@@ -32,8 +32,11 @@ __all__ = [
     "DTYPES",
     "FIXED_SUM",
     "FORMAT_CODES",
+    "Answer",
+    "Frame",
     "Kernels",
     "Matrix",
+    "Request",
     "address_of",
     "arithmetic",
     "is_bfloat16",
@@ -53,12 +56,13 @@ SOURCES = (
     "integers.c",
     "experts.c",
     "exact.c",
+    "frames.c",
     "attention.c",
     "rows.c",
     "stretches.c",
     "mlp.c",
 )
-HEADERS = ("team.h", "vectors.h", "products.h", "widen.h", "rows.h", "mlp.h")
+HEADERS = ("team.h", "vectors.h", "products.h", "widen.h", "rows.h", "mlp.h", "frames.h")
 # No contraction: the only fused operations are the written ones, so that every tile rounds alike.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-pthread", "-fPIC", "-shared")
 BUILD_TIMEOUT = 120.0  # seconds; it takes about five
@@ -80,6 +84,36 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Frame(ctypes.Structure):
+    """`Frame` of frames.h."""
+
+    _fields_ = (
+        ("bytes", ctypes.c_void_p),
+        ("nbytes", ctypes.c_int64),
+        ("file", ctypes.c_int32),
+        ("sent", ctypes.c_int32),
+    )
+
+
+class Request(ctypes.Structure):
+    """`Request` of frames.h."""
+
+    _fields_ = (
+        ("frame", Frame),
+        ("x", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("asked", ctypes.c_void_p),
+        ("needed", ctypes.c_int64),
+    )
+
+
+class Answer(ctypes.Structure):
+    """`Answer` of frames.h."""
+
+    _fields_ = (("frame", Frame), ("took", ctypes.c_void_p))
+
+
 class Kernels:
     """The library's functions, for contiguous CPU tensors. Callers check shapes; dtypes are checked here."""
 
@@ -92,7 +126,7 @@ class Kernels:
         self._product.argtypes = [pointer, integer, pointer, integer, size, pointer, integer, integer]
         self._experts = library.splitinfer_experts
         self._experts.argtypes = [pointer, pointer, size, pointer, integer, size, pointer, pointer, size]
-        self._experts.argtypes += [pointer, integer, pointer, integer]
+        self._experts.argtypes += [pointer, integer, pointer, pointer, integer]
         self._attend = library.splitinfer_attend
         self._attend.argtypes = [*[pointer] * 6, integer, *[size] * 8, integer]
 
@@ -141,12 +175,15 @@ class Kernels:
         k: int,
         out: int,
         out_kind: int,
+        answer: Answer | None = None,
     ) -> None:
-        """`experts` of what lies at addresses; `out_kind` is 0 for float32, 1 for bfloat16, or FIXED_SUM."""
+        """`experts` of what lies at addresses; `out_kind` is 0 for float32, 1 for bfloat16, or FIXED_SUM. An
+        `answer`, in whose frame `out` lies, goes on its way."""
         wrong = ctypes.c_int64()
         failed = self._experts(
             ctypes.addressof(gate_up), ctypes.addressof(down), len(gate_up), x, bfloat16, rows, index,
-            weights, k, out, out_kind, ctypes.addressof(wrong), torch.get_num_threads(),
+            weights, k, out, out_kind, ctypes.addressof(wrong),
+            None if answer is None else ctypes.addressof(answer), torch.get_num_threads(),
         )  # fmt: skip
         if failed == -1:
             raise no_memory(rows)

@@ -1,4 +1,5 @@
 /* The experts of one layer in one call: rows meet their experts, and leave as weighted sums. */
+#include "frames.h"
 #include "products.h"
 
 #include <stdatomic.h>
@@ -191,10 +192,12 @@ static void experts_work(void *given, Member *member) {
    `gate_up` and `down` are tables of `experts` matrices, [2 I, H] and [H, I], all of one format each; without
    a weight where the expert is not held. x is float32 or bfloat16, out one of SUM_*; floating sums go by
    ascending expert, fixed ones are int64, in steps of 2^-36. Returns 0, -1 without memory, 1 with the first expert
-   that is not held in `wrong`, or 2 where a fixed sum left its range. */
+   that is not held in `wrong`, or 2 where a fixed sum left its range. With `answer`, in whose frame `out` lies, that
+   goes on its way. */
 int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t experts, const void *x,
                        int x_bfloat16, int64_t rows, const int16_t *index, const float *weights, int64_t k,
-                       void *out, int out_kind, int64_t *wrong, int threads) {
+                       void *out, int out_kind, int64_t *wrong, Answer *answer, int threads) {
+    const int64_t start = nanoseconds();
     const Matrix *first = gate_up;
     while (!first->weight && first < gate_up + experts - 1) first++;
     const Matrix *second = down + (first - gate_up);
@@ -213,5 +216,7 @@ int splitinfer_experts(const Matrix *gate_up, const Matrix *down, int64_t expert
     c.strip = rows <= LONG_STRIPS_UNTIL ? (units + 2 * threads - 1) / (2 * threads) : 1;
     team_run(plan->places * width * first->n > PARALLEL_FROM ? threads : 1, experts_work, &c);
     free(plan->memory);
-    return c.failed ? -1 : c.out_of_range ? 2 : 0;
+    const int failed = c.failed ? -1 : c.out_of_range ? 2 : 0;
+    if (answer && !failed) answer_send(answer, nanoseconds() - start);
+    return failed;
 }

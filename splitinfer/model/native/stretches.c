@@ -1,4 +1,5 @@
 /* Whole stretches of a layer: products and what lies between them, without leaving the team of threads. */
+#include "frames.h"
 #include "mlp.h"
 #include "rows.h"
 
@@ -136,11 +137,12 @@ static void keep(const Attention *a, const Sequence *sequence, int64_t r, int64_
 }
 
 /* `splitinfer_attention_in`, the rows' keys and values into the buffers of their sequences, in order, attention over
-   these, and `splitinfer_attention_out`: a layer up to its experts. With `beside_out` the dense network begins. */
+   these, and `splitinfer_attention_out`: a layer up to its experts. With `beside_out` the dense network begins. What
+   nodes are asked goes into `requests`, so many, and from there on its way. */
 int splitinfer_attention(const Attention *a, const Sequence *sequences, int64_t count, const void *x, int bfloat16,
                          int64_t rows, const float *cosine, const float *sine, void *sum, void *first_out,
                          void *second_out, int16_t *index, float *weights, void *beside_out, int gives_way,
-                         void **begun, int threads) {
+                         void **begun, Request *requests, int64_t asked, int threads) {
     const int64_t head = a->size * (bfloat16 ? 2 : 4), heads = a->turning - a->values;
     const int64_t in = lines(rows * a->turning * a->size), between = lines(rows * a->values * a->size);
     uint8_t *turned = (uint8_t *)team_memory(in + between + rows * heads * a->size);
@@ -165,5 +167,8 @@ int splitinfer_attention(const Attention *a, const Sequence *sequences, int64_t 
                                           index, weights, beside_out ? a->beside : 0, beside_out, gives_way, begun,
                                           threads);
     free(turned);
+    for (int64_t i = 0; !failed && i < asked; i++)
+        request_send(requests + i, second_out, rows * a->output->n * (bfloat16 ? 2 : 4), index, weights,
+                     rows * a->chosen);
     return failed;
 }

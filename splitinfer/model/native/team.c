@@ -41,7 +41,7 @@ static void rest(void) {
 #endif
 }
 
-static int64_t now(void) {
+int64_t nanoseconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000000000LL + t.tv_nsec;
@@ -60,7 +60,7 @@ static unsigned listen_for(Bell *bell, unsigned old) {
     unsigned word;
     for (int i = 0; i < LOOKS; i++, rest())
         if ((word = atomic_load_explicit(&bell->word, memory_order_acquire)) != old) return word;
-    for (int64_t end = now() + AWAKE; now() < end; sched_yield())
+    for (int64_t end = nanoseconds() + AWAKE; nanoseconds() < end; sched_yield())
         if ((word = atomic_load_explicit(&bell->word, memory_order_acquire)) != old) return word;
     pthread_mutex_lock(&bell->lock);
     atomic_fetch_add(&bell->sleepers, 1); /* before the look: whoever rings after it sees a sleeper */
@@ -147,10 +147,10 @@ void team_run(int threads, void (*work)(void *, Member *), void *arg) {
 
 void team_give_way(void) {
     static _Atomic int64_t not_before;
-    const int64_t start = now();
+    const int64_t start = nanoseconds();
     if (start < atomic_load_explicit(&not_before, memory_order_relaxed)) return;
     sched_yield();
-    const int64_t taken = now() - start;
+    const int64_t taken = nanoseconds() - start;
     /* Whoever keeps a core for so long is no node that has a row to answer. */
     if (taken > GIVEN) atomic_store_explicit(&not_before, start + RESTS * taken, memory_order_relaxed);
 }

@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+int64_t nanoseconds(void); /* of the monotonic clock */
+
 /* One thread's place in a run of the team; `loops` are those that it has named. */
 typedef struct {
     int index, count, loops, done; /* done: bits of loops that a thread on its own has been through */

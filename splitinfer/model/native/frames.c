@@ -1,0 +1,33 @@
+/* Messages that lie ready but for what the kernels write into them: see frames.h. */
+#include "frames.h"
+
+#include <string.h>
+#include <sys/socket.h>
+
+static void frame_send(Frame *frame) {
+    ssize_t sent = frame->file < 0 ? 0 : send(frame->file, frame->bytes, (size_t)frame->nbytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+    frame->sent = sent > 0 ? (int32_t)sent : 0;
+}
+
+void request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index, const float *weights,
+                  int64_t places) {
+    const uint8_t *asked = request->asked;
+    int64_t needed = 0;
+    for (int64_t i = 0; i < places; i++) {
+        const int mine = !asked || asked[index[i]];
+        request->index[i] = mine ? index[i] : -1;
+        needed |= mine;
+    }
+    request->needed = needed;
+    request->frame.sent = 0;
+    if (!needed) return;
+    memcpy(request->x, x, (size_t)nbytes);
+    memcpy(request->weights, weights, (size_t)places * sizeof *weights);
+    frame_send(&request->frame);
+}
+
+void answer_send(Answer *answer, int64_t nanoseconds) {
+    const uint32_t took = nanoseconds / 1000 < UINT32_MAX ? (uint32_t)(nanoseconds / 1000) : UINT32_MAX;
+    for (int i = 0; i < 4; i++) answer->took[i] = (uint8_t)(took >> (24 - 8 * i));
+    frame_send(&answer->frame);
+}

@@ -1,0 +1,36 @@
+/* Messages that lie ready but for what the kernels write into them. */
+#ifndef SPLITINFER_FRAMES_H
+#define SPLITINFER_FRAMES_H
+
+#include <stdint.h>
+
+/* `file` is the socket to which the message goes as soon as it is whole; -1 leaves that to the caller. `sent` bytes of
+   it have gone: it is for the caller to send the others, and to find out why they did not go. */
+typedef struct {
+    const uint8_t *bytes;
+    int64_t nbytes;
+    int32_t file, sent;
+} Frame;
+
+/* What a node is asked about rows: x [rows, n], and the experts chosen, index and weights [rows, chosen], where `asked`
+   (by expert; NULL: all) has them, -1 in place of others. `needed` comes back: whether there is any such. */
+typedef struct {
+    Frame frame;
+    void *x;
+    int16_t *index;
+    float *weights;
+    const uint8_t *asked;
+    int64_t needed;
+} Request;
+
+/* A node's answer; `took` is where the microseconds of its arithmetic go, four bytes, the highest first. */
+typedef struct {
+    Frame frame;
+    uint8_t *took;
+} Answer;
+
+void request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index, const float *weights,
+                  int64_t places);
+void answer_send(Answer *answer, int64_t nanoseconds);
+
+#endif
