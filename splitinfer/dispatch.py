@@ -216,7 +216,7 @@ class RemoteExperts:
         start: float,
         timeline: Timeline | None,
     ) -> Pending:
-        """The sum of what was asked at `start`. The next layer's calls are made ready while the nodes work."""
+        """The sum of what was asked at `start`. While nodes work, the next layer's calls are made ready."""
         ready = self._ready.get((layer + 1, wire.x.shape, wire.x.dtype))
         if ready:
             ready.stamp()
