@@ -198,6 +198,9 @@ class RemoteExperts:
         if ready is None:
             ready = self._lay_out(layer, Shape(x.shape[0], x.shape[1], _name(x.dtype), k))
             self._ready[layer, x.shape, x.dtype] = ready
+            before = self._ready.get((layer - 1, x.shape, x.dtype))
+            if before and ready:
+                before.following = ready
         return ready if ready and not self._avoided and ready.may_go() else None
 
     def _lay_out(self, layer: int, shape: Shape) -> ReadyRequests | Literal[False]:
@@ -206,7 +209,12 @@ class RemoteExperts:
             return False
         out = shape.dtype if owner.sole is not None and not self._exact else self._wide
         collect = partial(self._collect, layer)
-        return ReadyRequests(EXPERT_CALL, layer, shape, owner, self._channels, out, self._timeout, collect)
+        return ReadyRequests(
+            EXPERT_CALL, layer, shape, owner, self._channels, out, self._timeout, collect, self._account
+        )
+
+    def _account(self, seconds: float) -> None:
+        self.compute_seconds += seconds
 
     def _collect(
         self,
@@ -216,10 +224,7 @@ class RemoteExperts:
         start: float,
         timeline: Timeline | None,
     ) -> Pending:
-        """The sum of what was asked at `start`. While nodes work, the next layer's calls are made ready."""
-        ready = self._ready.get((layer + 1, wire.x.shape, wire.x.dtype))
-        if ready:
-            ready.stamp()
+        """The sum of what was asked at `start`."""
         deadline = start + self._timeout
         if timeline is not None:
             timeline.add("dispatch", layer, start, perf_counter())

@@ -20,7 +20,7 @@ from splitinfer.fixed_point import from_fixed, out_of_range
 from splitinfer.model.compute import run, runs_inline, submit
 from splitinfer.model.exact import expert_in_fixed_point
 from splitinfer.model.linear import Linear, matrix_of
-from splitinfer.model.native import DTYPES, FIXED_SUM, Answer, Matrix, Request, address_of, kernels
+from splitinfer.model.native import DTYPES, FIXED_SUM, Answer, Expected, Matrix, Request, address_of, kernels
 from splitinfer.model.quantize import Packed, format_of
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
@@ -57,10 +57,20 @@ class Outgoing(Protocol):
 
     requests: Array[Request]
 
+    def expected(self) -> Expected | None:
+        """After they went: the answer, where there is one alone and whoever waits may read it himself; None
+        where `post` has to come."""
+        ...
+
+    def answered(self, expected: Expected, timeline: Timeline | None) -> None:
+        """It came as expected, so that there is nothing to `post`."""
+        ...
+
     def post(
         self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, timeline: Timeline | None = None
     ) -> Awaitable[Tensor]:
-        """The same was written into the requests: what `Experts.dispatch` would have returned for it."""
+        """The same was written into the requests: what `Experts.dispatch` would have returned for it, with
+        whatever was read for `expected`."""
         ...
 
 

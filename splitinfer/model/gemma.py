@@ -175,6 +175,9 @@ class Gemma:
             assert to.chosen is not None
             step.leave(layer.index)
             if to.sent is not None:
+                closed = layer.close(to, step)
+                if closed is not None:
+                    return closed
                 routed = to.sent.post(to.expert_input, *to.chosen, step.timeline)
             else:
                 routed = self.experts.dispatch(layer.index, to.expert_input, *to.chosen, step.timeline)

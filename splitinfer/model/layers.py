@@ -298,6 +298,27 @@ class DecoderLayer:
         took(self.dense, before + step.record("dense", self.index, start) - start)
         return x
 
+    def close(self, to: Routed, step: Step) -> Tensor | None:
+        """`end_dense` and `combine` in one, where the answer to what was sent comes meanwhile; None where it
+        does not, and both have to follow."""
+        assert to.sent is not None
+        expected = None if to.dense is None else to.sent.expected()
+        if expected is None or to.dense is None or self.expert_out_scale is None:
+            return None
+        start = perf_counter()
+        scales = self.expert_out_scale, self.post_feedforward_scale
+        x = self.ops.close_mlp(to.dense, expected, to.residual, *scales, self.eps, self.scalar)
+        if x is None:
+            step.record("dense", self.index, start)
+            return None
+        ended = expected.ended / 1e9
+        if step.timeline is not None:
+            step.timeline.add("dense", self.index, start, ended)
+        took(self.dense, ended - start)
+        step.record("combine", self.index, ended)
+        to.sent.answered(expected, step.timeline)
+        return x
+
     def combine(self, residual: Tensor, dense: Tensor, moe: Tensor | None, step: Step) -> Tensor:
         start = perf_counter()
         moe = None if moe is None else step.staging.to_device(moe)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from splitinfer.model.linear import Linear
-from splitinfer.model.native import DTYPES, is_bfloat16, kernels, no_memory
+from splitinfer.model.native import DTYPES, Expected, is_bfloat16, kernels, no_memory
 from splitinfer.model.rows import Begun, Dense, Routing, TorchRows
 
 __all__ = ["RowKernels", "address", "done", "row_kernels", "row_ops", "struct_of"]
@@ -53,6 +53,7 @@ class RowKernels(TorchRows):
         self._mlp_until = bind("mlp_until", pointer, integer)
         self._mlp_end = bind("mlp_end", pointer)
         self._mlp_end.restype = None
+        self._mlp_close = bind("mlp_close", *[pointer] * 5, real, real, pointer)
 
     def norm(self, x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
         """RMS norm [rows, n] times `weight` [n] float32, with one rounding."""
@@ -264,6 +265,23 @@ class RowKernels(TorchRows):
     def end_mlp(self, begun: Begun) -> Tensor:
         self._mlp_end(begun.handle)
         return begun.out
+
+    def close_mlp(
+        self,
+        begun: Begun,
+        expected: Expected,
+        x: Tensor,
+        moe_weight: Tensor,
+        weight: Tensor,
+        eps: float,
+        scalar: float,
+    ) -> Tensor | None:
+        out = torch.empty_like(x)
+        closed = self._mlp_close(
+            begun.handle, ctypes.addressof(expected), x.data_ptr(), moe_weight.data_ptr(), weight.data_ptr(),
+            eps, scalar, out.data_ptr(),
+        )  # fmt: skip
+        return out if closed else None
 
 
 class _Mlp(ctypes.Structure):

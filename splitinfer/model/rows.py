@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitinfer.model.linear import Linear
+from splitinfer.model.native import Expected
 
 __all__ = ["Begun", "Dense", "Routing", "TorchRows"]
 
@@ -176,4 +177,18 @@ class TorchRows:
 
     def end_mlp(self, begun: Begun) -> Tensor:
         """The result of what `attention_out` has begun."""
+        raise NotImplementedError
+
+    def close_mlp(
+        self,
+        begun: Begun,
+        expected: Expected,
+        x: Tensor,
+        moe_weight: Tensor,
+        weight: Tensor,
+        eps: float,
+        scalar: float,
+    ) -> Tensor | None:
+        """`end_mlp`, and `combine` with it, where the `expected` answer, the experts' sum, comes before this
+        thread runs out of work; None where it does not, and all is as before."""
         raise NotImplementedError

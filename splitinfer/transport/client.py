@@ -109,15 +109,31 @@ class Channel:
             return None
         return session.link.direct
 
-    def post(self, parcel: Parcel, sent: int = 0, *, timeout: float) -> asyncio.Future[Reply]:
+    def room(self, nbytes: int) -> memoryview | None:
+        """Where whoever wrote a parcel to `direct` may read its answer of so many bytes from there; None where
+        it has to come as others do. After it, before anything is awaited: `settle` if what he read was the
+        answer and nothing else, `post` if not."""
+        return None if self._session is None else self._session.link.room(nbytes)
+
+    def settle(self, sent: int, received: int) -> None:
+        """A parcel went to `direct`, its answer came into `room`: a call of so many bytes."""
+        assert self._session is not None
+        self._session.settle(sent, received)
+
+    def post(
+        self, parcel: Parcel, sent: int = 0, received: int = 0, *, timeout: float
+    ) -> asyncio.Future[Reply]:
         """Make the call for which a parcel was stamped, of which the kernel took `sent` bytes; the rest
-        follows, and the parcel is free again. The future is that of `start`."""
+        follows, and the parcel is free again. The future is that of `start`. `received` bytes have come into
+        `room` already."""
         session = self._session
         call = SingleCall(loop=self._loop)
         if session is None or session.link.closed:
             call.fail(ConnectionLost("the connection has ended", peer=self.address))
         else:
             session.expect(call, session.post(parcel, sent), parcel.method, timeout)
+            if received:
+                session.received(received)
         return call
 
     def look(self) -> None:

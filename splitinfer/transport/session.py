@@ -175,6 +175,19 @@ class Session:
         finally:
             self.looking = False
 
+    def received(self, nbytes: int) -> None:
+        """So many bytes were read into the link's `room`."""
+        self.looking = True
+        try:
+            self.link.received(nbytes)
+        finally:
+            self.looking = False
+
+    def settle(self, sent: int, received: int) -> None:
+        """A call was made and answered by whoever wrote to `direct` and read into `room`: count it."""
+        self.connection.settle(sent)
+        self.link.skipped(received)
+
     def forget(self, call: AnyCall) -> None:
         """Nobody waits for this call any more: tell the server, unless it has answered."""
         self.connection.cancel(call.id)

@@ -35,6 +35,7 @@ __all__ = ["Link", "Owner"]
 _WRITE_NBYTES: Final = CHUNK_NBYTES
 _READS_PER_EVENT: Final = 4  # then the other connections have their turn
 _LOOKS_PER_TURN: Final = 4
+_SKIPS_PER_TURN: Final = 32  # about the layers of a model
 _MAX_PIECES: Final = 512  # the kernel takes 1024 at once (IOV_MAX)
 
 
@@ -85,7 +86,7 @@ class Link:
         self._writing = self._paused = False
         self._pauses = connection.role == "server"
         self._untold = 0  # messages that were read and are still to be passed on
-        self._looks = 0  # since the loop told of bytes here
+        self._looks = self._skips = 0  # since the loop told of bytes here
         self._idle: asyncio.Future[None] | None = None
         loop.add_reader(self.file, self._event)
         self._timer = loop.call_later(TICK_SECONDS, self._tick)
@@ -100,6 +101,21 @@ class Link:
         if self.closed or self._writing or self._outbox.nbytes or self._tls is not None:
             return -1
         return self.file
+
+    def room(self, nbytes: int) -> memoryview | None:
+        """Where whoever waits for a message of so many bytes may read it himself, and say so to `received`, or
+        to `skipped` where he has no more use for it; None where that cannot be."""
+        inbox = self._inbox
+        if self.closed or self._paused or self._untold or self._tls is not None or inbox.unfinished:
+            return None
+        if self._skips >= _SKIPS_PER_TURN or len(self._buffer) < nbytes:
+            return None
+        return self._buffer
+
+    def skipped(self, nbytes: int) -> None:
+        """So many bytes were read into `room`, and done with: the next ones may go there too."""
+        self._inbox.nbytes += nbytes
+        self._skips += 1
 
     def look(self) -> None:
         """Read what has come already, without waiting for the loop to tell of it.
@@ -172,16 +188,23 @@ class Link:
             self._loop.call_soon(self._read_rest)
 
     def _event(self) -> None:
-        self._looks = 0
+        self._looks = self._skips = 0
         self._readable()
 
-    def _readable(self) -> None:
-        """Read, pass on what is whole, send what that gave; again while the buffer came back full."""
+    def received(self, nbytes: int) -> None:
+        """So many bytes were read into `room`: goes on as if they had been read here."""
+        if not self.closed:
+            self._readable(nbytes)
+
+    def _readable(self, given: int = 0) -> None:
+        """Read, pass on what is whole, send what that gave; again while the buffer came back full. Where so
+        many bytes are `given`, they lie in the buffer already."""
         connection, inbox, outbox, tls = self.connection, self._inbox, self._outbox, self._tls
         try:
             for _ in range(_READS_PER_EVENT):
                 room = len(self._buffer)
-                nbytes = self._recv_into(self._buffer)
+                nbytes = given or self._recv_into(self._buffer)
+                given = 0
                 self._polling.came()
                 if not nbytes:
                     self.abort(connection.eof())

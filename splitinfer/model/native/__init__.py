@@ -33,6 +33,7 @@ __all__ = [
     "FIXED_SUM",
     "FORMAT_CODES",
     "Answer",
+    "Expected",
     "Frame",
     "Kernels",
     "Matrix",
@@ -112,6 +113,20 @@ class Answer(ctypes.Structure):
     """`Answer` of frames.h."""
 
     _fields_ = (("frame", Frame), ("took", ctypes.c_void_p))
+
+
+class Expected(ctypes.Structure):
+    """`Expected` of frames.h."""
+
+    _fields_ = (
+        ("pattern", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("nbytes", "number", "body")),
+        ("room", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("file", ctypes.c_int32),
+        ("received", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("took", "seen", "ended")),
+    )
 
 
 class Kernels:

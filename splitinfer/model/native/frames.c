@@ -26,6 +26,19 @@ void request_send(Request *request, const void *x, int64_t nbytes, const int16_t
     frame_send(&request->frame);
 }
 
+/* Returns whether it is what was expected, and nothing besides. */
+int answer_read(Expected *e) {
+    const ssize_t received = recv(e->file, e->room, (size_t)e->size, MSG_DONTWAIT);
+    e->received = received > 0 ? (int32_t)received : 0;
+    const uint8_t *number = e->room + e->number;
+    const int64_t after = e->number + 4;
+    if (e->received != e->nbytes || memcmp(e->room, e->pattern, (size_t)e->number) ||
+        memcmp(e->room + after, e->pattern + after, (size_t)(e->body - after)))
+        return 0;
+    e->took = (int64_t)number[0] << 24 | number[1] << 16 | number[2] << 8 | number[3];
+    return 1;
+}
+
 void answer_send(Answer *answer, int64_t nanoseconds) {
     const uint32_t took = nanoseconds / 1000 < UINT32_MAX ? (uint32_t)(nanoseconds / 1000) : UINT32_MAX;
     for (int i = 0; i < 4; i++) answer->took[i] = (uint8_t)(took >> (24 - 8 * i));

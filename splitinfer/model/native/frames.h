@@ -29,6 +29,19 @@ typedef struct {
     uint8_t *took;
 } Answer;
 
+/* An answer as it should come: as `pattern`, but for the four bytes at `number` and the sums at `body`. Whatever comes is
+   read from `file` into `room`, `received` bytes of it. `took` is the number, `seen` when it had come and `ended` when
+   the work beside it had, in nanoseconds. */
+typedef struct {
+    const uint8_t *pattern;
+    int64_t nbytes, number, body;
+    uint8_t *room;
+    int64_t size;
+    int32_t file, received;
+    int64_t took, seen, ended;
+} Expected;
+
+int answer_read(Expected *expected);
 void request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index, const float *weights,
                   int64_t places);
 void answer_send(Answer *answer, int64_t nanoseconds);

@@ -1,4 +1,5 @@
 /* The feed-forward network that every row passes: at once, or begun while this thread has something else to do. */
+#include "frames.h"
 #include "mlp.h"
 #include "rows.h"
 
@@ -121,4 +122,26 @@ void splitinfer_mlp_end(void *begun) {
         team_part(run->member);
     }
     free(run);
+}
+
+/* By the thread that began it, where one answer is all that is missing: ends it and makes `splitinfer_combine` of x and
+   both, if that answer comes, as expected, before this thread runs out of work. Returns 1 then; 0 if not, and nothing
+   has ended. */
+int splitinfer_mlp_close(void *begun, Expected *expected, const void *x, const float *moe_weight, const float *weight,
+                         float eps, float scalar, void *out) {
+    Run *run = begun;
+    const int64_t rows = run->down.rows, n = run->mlp.down->n;
+    const Combine combine = {x, run->out, expected->room + expected->body, run->bfloat16, n, moe_weight, weight, eps,
+                             scalar, out};
+    float *scratch = team_memory(2 * n);
+    expected->received = 0;
+    const int closes = scratch && splitinfer_mlp_until(begun, expected->file) && answer_read(expected);
+    if (closes) {
+        expected->seen = nanoseconds();
+        splitinfer_mlp_end(begun);
+        expected->ended = nanoseconds();
+        for (int64_t r = 0; r < rows; r++) combine_row(&combine, r, scratch);
+    }
+    free(scratch);
+    return closes;
 }

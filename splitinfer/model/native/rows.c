@@ -85,16 +85,7 @@ int splitinfer_residual(const void *x, const void *y, int bfloat16, int64_t rows
     return by_row(residual_of_rows, &a, rows, n, threads);
 }
 
-typedef struct {
-    const void *x, *dense, *moe;
-    int bfloat16;
-    int64_t n;
-    const float *moe_weight, *weight;
-    float eps, scalar;
-    void *out;
-} Combine;
-
-static void combine_row(const void *given, int64_t r, float *row) {
+void combine_row(const void *given, int64_t r, float *row) {
     const Combine *a = given;
     const int64_t n = a->n;
     float *other = row + n, scale;
@@ -110,8 +101,7 @@ static void combine_row(const void *given, int64_t r, float *row) {
     write_row(row, n, a->out, a->bfloat16, r * n);
 }
 
-/* out = (x + norm(dense + norm(moe) * moe_weight) * weight) * scalar, all [rows, n] of one type; without `moe`
-   (NULL) the inner norm falls away. */
+/* A `Combine` of all rows. */
 int splitinfer_combine(const void *x, const void *dense, const void *moe, int bfloat16, int64_t rows, int64_t n,
                        const float *moe_weight, const float *weight, float eps, float scalar, void *out,
                        int threads) {

@@ -102,6 +102,20 @@ INLINE void gated_row(const float *gate, int64_t n, float *to) {
 int splitinfer_choose(const float *scores, int64_t rows, int64_t n, int64_t k, const float *scale, int16_t *index,
                       float *weights);
 
+/* out = (x + norm(dense + norm(moe) * moe_weight) * weight) * scalar, all [rows, n] of one type; without `moe` (NULL)
+   the inner norm falls away. */
+typedef struct {
+    const void *x, *dense, *moe;
+    int bfloat16;
+    int64_t n;
+    const float *moe_weight, *weight;
+    float eps, scalar;
+    void *out;
+} Combine;
+
+/* Row r of a `Combine`; scratch [2 n]. */
+void combine_row(const void *given, int64_t r, float *scratch);
+
 /* See attention.c. */
 int splitinfer_attend(const void *queries, const void *keys, const void *values, const uint16_t *key_scales,
                       const uint16_t *value_scales, void *out, int bfloat16, int64_t rows, int64_t heads,
