@@ -73,7 +73,7 @@ class Seat:
         Raises as `Gemma.forward` does; what fails one step fails it for every sequence in it. A sequence that
         gives up waiting (is cancelled) has to give up its cache: the step goes on for the others.
         """
-        return await self._group.step(segment, timeline)
+        return await self._group.step(segment, timeline, self.alone)
 
     def start(self, segment: Segment, timeline: Timeline, front: Front) -> asyncio.Task[Result]:
         """A step of this sequence's rows by themselves, behind the one that `front` follows; for one `alone`.
@@ -99,11 +99,11 @@ class _Group:
         self._timer: asyncio.TimerHandle | None = None
         self._took = 0.0
 
-    async def step(self, segment: Segment, timeline: Timeline) -> Result:
+    async def step(self, segment: Segment, timeline: Timeline, alone: bool = False) -> Result:
         if self.members == 1 and not self._busy:
             self._alone += 1
             try:
-                return await self._forward([segment], timeline)
+                return await self._forward([segment], timeline, alone=alone)
             finally:
                 self._left()
         rows = _Rows(segment, timeline, asyncio.get_running_loop().create_future())
@@ -170,7 +170,11 @@ class _Group:
             self.launch_if_ready()
 
     async def _forward(
-        self, segments: Sequence[Segment], timeline: Timeline, front: Front | None = None
+        self,
+        segments: Sequence[Segment],
+        timeline: Timeline,
+        front: Front | None = None,
+        alone: bool = False,
     ) -> Result:
-        hidden = await self._model.forward(segments, timeline=timeline, front=front)
+        hidden = await self._model.forward(segments, timeline=timeline, front=front, alone=alone)
         return hidden, await compute(len(hidden), self._model.logits, hidden, timeline=timeline)

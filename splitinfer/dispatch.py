@@ -35,7 +35,7 @@ from splitinfer.in_flight import ExpertCall, Pending
 from splitinfer.lost_nodes import gone, late, naming, still_holds
 from splitinfer.model.experts import Where, expert_ids
 from splitinfer.placement import Columns, Holding, Placement
-from splitinfer.ready_requests import ReadyRequests, Shape
+from splitinfer.ready_requests import ReadyRequests, Shape, Waits
 from splitinfer.timing import Timeline
 
 __all__ = ["NodeInfo", "RemoteExperts"]
@@ -84,7 +84,7 @@ class RemoteExperts:
         self._looking: set[asyncio.Future[float]] = set()
         near = any(transport.Address.parse(address).is_local for address in placement.addresses)
         self._where: Where = "near" if near else "away"
-        self.compute_seconds = 0.0  # the nodes' own account of their arithmetic, the slowest of each layer
+        self._waits = Waits()
         self._avoid(frozenset())
 
     @classmethod
@@ -156,6 +156,11 @@ class RemoteExperts:
             sum(s.calls for s in stats),
         )
 
+    @property
+    def compute_seconds(self) -> float:
+        """The nodes' own account of their arithmetic, the slowest of each layer."""
+        return self._waits.seconds
+
     def where(self, layer: int) -> Where:
         return self._where
 
@@ -210,11 +215,8 @@ class RemoteExperts:
         out = shape.dtype if owner.sole is not None and not self._exact else self._wide
         collect = partial(self._collect, layer)
         return ReadyRequests(
-            EXPERT_CALL, layer, shape, owner, self._channels, out, self._timeout, collect, self._account
+            EXPERT_CALL, layer, shape, owner, self._channels, out, self._timeout, collect, self._waits
         )
-
-    def _account(self, seconds: float) -> None:
-        self.compute_seconds += seconds
 
     def _collect(
         self,
@@ -346,7 +348,7 @@ class RemoteExperts:
                 call.give_up()
             raise
         end = perf_counter()
-        self.compute_seconds += compute
+        self._waits.note(end - start, compute)
         total = add_partials(partials, wire.x)
         if timeline is not None:
             # What the caller waited for, split by the slowest node's own account of its arithmetic.

@@ -16,13 +16,34 @@ from torch import Tensor
 from splitinfer import transport
 from splitinfer.fanout import Owner, Rows, Share
 from splitinfer.in_flight import ExpertCall
-from splitinfer.model.native import Expected, Frame, Request, address_of
+from splitinfer.model.native import MOST_ANSWERS, Expected, Frame, Request, address_of
 from splitinfer.timing import Timeline
 
-__all__ = ["Collect", "ReadyRequests", "Shape"]
+__all__ = ["Collect", "ReadyRequests", "Shape", "Waits"]
 
 Collect = Callable[[Rows, list[ExpertCall], float, "Timeline | None"], Awaitable[Tensor]]
-Account = Callable[[float], None]
+
+PATIENCE = 5e-3  # seconds: longer waits leave the event loop to others
+_WORTH_FROM, _MOST = 2, 3  # as in transport.polling
+
+
+class Waits:
+    """What a client's waits for its nodes were like lately. `seconds` is the nodes' own account of their
+    arithmetic, the slowest of each layer."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._short = 0
+
+    @property
+    def patience(self) -> int:
+        """For how many nanoseconds to wait for the next answer without a turn of the event loop."""
+        return int(PATIENCE * 1e9) if self._short >= _WORTH_FROM else 0
+
+    def note(self, waited: float, compute: float) -> None:
+        """An answer was waited for so long when all else was done."""
+        self.seconds += compute
+        self._short = min(_MOST, self._short + 1) if waited <= PATIENCE else max(0, self._short - 1)
 
 
 class Shape(NamedTuple):
@@ -39,8 +60,7 @@ class ReadyRequests:
 
     `owner` says which of the `nodes` is asked for which expert, `out` the dtype of the answers, `timeout` in
     seconds how long they may take. `collect(rows, calls, start, timeline)` makes the sum of what was sent;
-    `account` hears a node's own account of its seconds where that was not needed. `following` are those of
-    the next layer.
+    `waits` remembers how long that took. `following` are those of the next layer.
     """
 
     def __init__(
@@ -53,11 +73,11 @@ class ReadyRequests:
         out: str,
         timeout: float,
         collect: Collect,
-        account: Account,
+        waits: Waits,
     ) -> None:
         rows, hidden, dtype, k = shape
         specs = [(dtype, (rows, hidden)), ("int16", (rows, k)), ("float32", (rows, k))]
-        self.layer = layer
+        self._layer = layer
         self.following: ReadyRequests | None = None
         self._nodes = (
             [owner.sole] if owner.sole is not None else sorted({*owner.table.ravel().tolist()} - {-1})
@@ -65,19 +85,21 @@ class ReadyRequests:
         self._channels = [channels[node] for node in self._nodes]
         self._parcels = [transport.Parcel(method, specs, {"layer": layer, "out": out}) for _ in self._nodes]
         self._asked = [None if owner.sole is not None else owner.asked(node) for node in self._nodes]
-        self._out, self._timeout, self._collect, self._account = out, timeout, collect, account
+        self._out, self._timeout, self._collect, self._waits = out, timeout, collect, waits
         self._stamped = False
         self.requests: Array[Request] = (Request * len(self._nodes))(
             *(_request(parcel, asked) for parcel, asked in zip(self._parcels, self._asked, strict=True))
         )
-        # The one answer, as it should come, where it is the sum.
-        self._answer: transport.Parcel | None = None
-        self._expected = Expected()
-        self._room: memoryview | None = None
+        # The answers as they should come, where the kernels can add them.
+        summed = out == (dtype if len(self._nodes) == 1 else "float32")
+        self._answers = [
+            transport.Parcel("", [(out, (rows, hidden))], {"compute_us": transport.NUMBER})
+            for _ in self._nodes
+            if summed and len(self._nodes) <= MOST_ANSWERS
+        ]
+        self._expected = (Expected * len(self._answers))(*map(_expected, self._answers))
+        self._rooms: list[memoryview | None] = [None] * len(self._answers)
         self._start = 0.0
-        if len(self._nodes) == 1 and out == dtype:
-            self._answer = transport.Parcel("", [(out, (rows, hidden))], {"compute_us": transport.NUMBER})
-            self._expected = _expected(self._answer)
 
     @staticmethod
     def fits(shape: Shape, owner: Owner) -> bool:
@@ -92,15 +114,17 @@ class ReadyRequests:
             channel.stamp(parcel, self._timeout)
             for channel, parcel in zip(self._channels, self._parcels, strict=True)
         )
-        if self._answer is not None:
-            self._answer.stamp(None, self._parcels[0].id, 0)
+        for answer, parcel in zip(self._answers, self._parcels, strict=False):
+            answer.stamp(None, parcel.id, 0)
         return self._stamped
 
     def may_go(self) -> bool:
         """Whether they can be filled and sent now."""
         if not self._stamped and not self.stamp():
             return False
-        self._stamped, self._start, self._expected.received = False, 0.0, 0
+        self._stamped, self._start = False, 0.0
+        for expected in self._expected:
+            expected.received = 0
         for channel, parcel, request in zip(self._channels, self._parcels, self.requests, strict=True):
             file = channel.direct(parcel)
             if file is None:  # it was for a connection that has ended
@@ -108,38 +132,59 @@ class ReadyRequests:
             request.frame.file = file
         return True
 
-    def expected(self) -> Expected | None:
+    def expected(self) -> Array[Expected] | None:
         if self.following is not None:
             self.following.stamp()  # while the nodes work
         self._start = perf_counter()
-        frame, expected = self.requests[0].frame, self._expected
-        if self._answer is None or frame.sent < frame.nbytes:
-            return None
-        room = self._channels[0].room(expected.nbytes)
-        if room is None:
-            return None
-        if room is not self._room:
-            self._room = room
-            expected.room, expected.size = address_of(room), room.nbytes
-        expected.file = frame.file
-        return expected
+        for place, expected in enumerate(self._expected):
+            request = self.requests[place]
+            expected.file = request.frame.file if request.needed else -1
+            if request.needed and not self._may_read(place, expected):
+                return None
+        return self._expected if self._answers else None
 
-    def answered(self, expected: Expected, timeline: Timeline | None) -> None:
-        channel, seconds = self._channels[0], expected.took / 1e6
-        channel.settle(self.requests[0].frame.sent, expected.received)
-        self._account(seconds)
+    def _may_read(self, place: int, expected: Expected) -> bool:
+        """Sees that the answer has somewhere to go."""
+        frame = self.requests[place].frame
+        room = self._channels[place].room(expected.nbytes) if frame.sent == frame.nbytes else None
+        if room is None:
+            return False
+        if room is not self._rooms[place]:
+            self._rooms[place] = room
+            expected.room, expected.size = address_of(room), room.nbytes
+        return True
+
+    @property
+    def patience(self) -> int:
+        return self._waits.patience
+
+    def answered(self, start: float, timeline: Timeline | None) -> float:
+        compute, end = 0.0, start
+        for channel, request, expected in zip(self._channels, self.requests, self._expected, strict=True):
+            if request.needed:
+                channel.settle(request.frame.sent, expected.received)
+                seconds, seen = expected.took / 1e6, expected.seen / 1e9
+                compute, end = max(compute, seconds), max(end, seen)
+                if timeline is not None:
+                    timeline.add_remote(self._layer, channel.address, self._start, seen, seconds)
+        self._waits.note(end - start, compute)
         if timeline is not None:
-            timeline.add_remote(self.layer, channel.address, self._start, expected.seen / 1e9, seconds)
+            split = max(start, end - compute)
+            timeline.add("network", self._layer, start, split)
+            timeline.add("experts", self._layer, split, end)
+        return end
 
     def post(
         self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, timeline: Timeline | None = None
     ) -> Awaitable[Tensor]:
         calls = []
-        received, start = self._expected.received, self._start or perf_counter()
-        for node, channel, parcel, request in zip(
-            self._nodes, self._channels, self._parcels, self.requests, strict=True
+        start = self._start or perf_counter()
+        for place, (node, channel, parcel) in enumerate(
+            zip(self._nodes, self._channels, self._parcels, strict=True)
         ):
+            request = self.requests[place]
             if request.needed:
+                received = self._expected[place].received if self._answers else 0
                 experts = parcel.tensors[1]
                 kept = transport.Tensor(experts.dtype, experts.shape, memoryview(bytes(experts.data)))
                 sent = request.frame.sent

@@ -37,7 +37,12 @@ class Fake:
         self.under_way = self.most = 0
 
     async def forward(
-        self, segments: Sequence[Segment], *, timeline: Timeline | None = None, front: Front | None = None
+        self,
+        segments: Sequence[Segment],
+        *,
+        timeline: Timeline | None = None,
+        front: Front | None = None,
+        alone: bool = False,
     ) -> Tensor:
         ids = torch.cat([segment.token_ids for segment in segments])
         self.steps.append(ids.tolist())

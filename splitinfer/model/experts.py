@@ -57,13 +57,19 @@ class Outgoing(Protocol):
 
     requests: Array[Request]
 
-    def expected(self) -> Expected | None:
-        """After they went: the answer, where there is one alone and whoever waits may read it himself; None
-        where `post` has to come."""
+    def expected(self) -> Array[Expected] | None:
+        """After they went: the answers, where whoever waits may read them himself; None where `post` has to
+        come."""
         ...
 
-    def answered(self, expected: Expected, timeline: Timeline | None) -> None:
-        """It came as expected, so that there is nothing to `post`."""
+    @property
+    def patience(self) -> int:
+        """For how many nanoseconds at most waiting for them like that is worth it."""
+        ...
+
+    def answered(self, start: float, timeline: Timeline | None) -> float:
+        """They came as expected, so that there is nothing to `post`; what was waited for from `start` on goes
+        to `timeline`. Returns when that was over."""
         ...
 
     def post(

@@ -121,12 +121,14 @@ class Gemma:
         *,
         timeline: Timeline | None = None,
         front: Front | None = None,
+        alone: bool = False,
     ) -> Tensor:
         """Final hidden states [rows, H] of all segments' rows, in order; every cache grows by its rows.
 
-        With a `front` it stays behind the step before it, which may still be under way. A failed or cancelled
-        call takes its rows back from the caches. Raises UsageError for no rows, for a token id outside the
-        vocabulary and for a sequence beyond the context.
+        With a `front` it stays behind the step before it, which may still be under way. While it is `alone`
+        nothing else wants the event loop, and it may wait for answers without giving that a turn. A failed
+        or cancelled call takes its rows back from the caches. Raises UsageError for no rows, for a token id
+        outside the vocabulary and for a sequence beyond the context.
         """
         token_ids = self._token_ids(segments)
         rows = len(token_ids)
@@ -134,7 +136,7 @@ class Gemma:
         try:
             for segment in segments:
                 starts.append((segment.cache, segment.cache.begin(len(segment.token_ids))))
-            step = await compute(rows, self._plan, starts, segments, timeline, front)
+            step = await compute(rows, self._plan, starts, segments, timeline, front, alone)
             x = await compute(rows, self.embed, token_ids)
             for layer in self._layers:
                 if front is not None:
@@ -170,26 +172,29 @@ class Gemma:
             to = run(layer.route, x, step, self.experts.where(layer.index), outgoing)
         else:
             to = await compute(rows, layer.route, x, step)
+        begun, dense = to.dense, None
         try:
             assert to.expert_input is not None
             assert to.chosen is not None
             step.leave(layer.index)
             if to.sent is not None:
-                closed = layer.close(to, step)
+                closed, dense = layer.close(to, step)
                 if closed is not None:
                     return closed
+                if dense is not None:
+                    begun = None
                 routed = to.sent.post(to.expert_input, *to.chosen, step.timeline)
             else:
                 routed = self.experts.dispatch(layer.index, to.expert_input, *to.chosen, step.timeline)
         except BaseException:
-            if to.dense is not None:
-                layer.end_dense(to.dense, step)
+            if begun is not None:
+                layer.end_dense(begun, step)
             raise
         try:
-            if to.dense is not None:
+            if begun is not None:
                 answer = cast(Arriving, routed) if hasattr(routed, "look") else None
-                dense = layer.end_dense(to.dense, step, answer)
-            else:
+                dense = layer.end_dense(begun, step, answer)
+            elif dense is None:
                 dense = await compute(rows, layer.dense, to.dense_input, step)
         except BaseException:
             cancel = getattr(routed, "cancel", None)
@@ -197,6 +202,7 @@ class Gemma:
                 cancel()
             raise
         moe = await routed
+        assert dense is not None
         return await compute(rows, layer.combine, to.residual, dense, moe, step)
 
     def _norm(self, x: Tensor) -> Tensor:
@@ -224,6 +230,7 @@ class Gemma:
         segments: Sequence[Segment],
         timeline: Timeline | None,
         front: Front | None,
+        alone: bool,
     ) -> Step:
         parts, positions, lo = [], [], 0
         for (cache, start), segment in zip(starts, segments, strict=True):
@@ -237,4 +244,4 @@ class Gemma:
             lo += n
         where = positions[0] if len(positions) == 1 else torch.cat(positions)
         rotations = {kind: rotation(f, where) for kind, f in self._frequencies.items()}
-        return Step(parts, rotations, self._staging, timeline, front)
+        return Step(parts, rotations, self._staging, timeline, front, alone)

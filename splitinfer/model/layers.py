@@ -69,6 +69,7 @@ class Step(NamedTuple):
     staging: Staging
     timeline: Timeline | None
     front: Front | None
+    alone: bool  # whether nothing else is under way that waits for the event loop
 
     def leave(self, layer: int) -> None:
         """The keys and values of `layer` are in the cache."""
@@ -298,26 +299,31 @@ class DecoderLayer:
         took(self.dense, before + step.record("dense", self.index, start) - start)
         return x
 
-    def close(self, to: Routed, step: Step) -> Tensor | None:
-        """`end_dense` and `combine` in one, where the answer to what was sent comes meanwhile; None where it
-        does not, and both have to follow."""
-        assert to.sent is not None
-        expected = None if to.dense is None else to.sent.expected()
-        if expected is None or to.dense is None or self.expert_out_scale is None:
-            return None
+    def close(self, to: Routed, step: Step) -> tuple[Tensor | None, Tensor | None]:
+        """`end_dense` and `combine` in one, where the answers to what was sent come soon enough.
+
+        The layer's result then; None where they do not, and `combine` has to follow: after `end_dense`, or of
+        the second result, where that is given.
+        """
+        sent, begun = to.sent, to.dense
+        expected = sent.expected() if sent is not None and begun is not None and step.alone else None
+        if expected is None or sent is None or begun is None or self.expert_out_scale is None:
+            return None, None
         start = perf_counter()
         scales = self.expert_out_scale, self.post_feedforward_scale
-        x = self.ops.close_mlp(to.dense, expected, to.residual, *scales, self.eps, self.scalar)
-        if x is None:
+        x, ended = self.ops.close_mlp(
+            begun, expected, sent.patience, to.residual, *scales, self.eps, self.scalar
+        )
+        if not ended:
             step.record("dense", self.index, start)
-            return None
-        ended = expected.ended / 1e9
+            return None, None
         if step.timeline is not None:
             step.timeline.add("dense", self.index, start, ended)
         took(self.dense, ended - start)
-        step.record("combine", self.index, ended)
-        to.sent.answered(expected, step.timeline)
-        return x
+        if x is None:
+            return None, begun.out
+        step.record("combine", self.index, sent.answered(ended, step.timeline))
+        return x, None
 
     def combine(self, residual: Tensor, dense: Tensor, moe: Tensor | None, step: Step) -> Tensor:
         start = perf_counter()

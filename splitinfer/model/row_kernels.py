@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from ctypes import Array
 from functools import cache
 from typing import Any
 
@@ -53,7 +54,9 @@ class RowKernels(TorchRows):
         self._mlp_until = bind("mlp_until", pointer, integer)
         self._mlp_end = bind("mlp_end", pointer)
         self._mlp_end.restype = None
-        self._mlp_close = bind("mlp_close", *[pointer] * 5, real, real, pointer)
+        self._mlp_close = bind(
+            "mlp_close", pointer, pointer, integer, size, *[pointer] * 4, real, real, pointer
+        )
 
     def norm(self, x: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
         """RMS norm [rows, n] times `weight` [n] float32, with one rounding."""
@@ -269,19 +272,23 @@ class RowKernels(TorchRows):
     def close_mlp(
         self,
         begun: Begun,
-        expected: Expected,
+        expected: Array[Expected],
+        patience: int,
         x: Tensor,
         moe_weight: Tensor,
         weight: Tensor,
         eps: float,
         scalar: float,
-    ) -> Tensor | None:
-        out = torch.empty_like(x)
-        closed = self._mlp_close(
-            begun.handle, ctypes.addressof(expected), x.data_ptr(), moe_weight.data_ptr(), weight.data_ptr(),
-            eps, scalar, out.data_ptr(),
+    ) -> tuple[Tensor | None, float]:
+        out, ended = torch.empty_like(x), ctypes.c_int64()
+        state = self._mlp_close(
+            begun.handle, ctypes.addressof(expected), len(expected), patience, ctypes.addressof(ended),
+            x.data_ptr(), moe_weight.data_ptr(), weight.data_ptr(), eps, scalar, out.data_ptr(),
         )  # fmt: skip
-        return out if closed else None
+        return out if state == _CLOSED else None, ended.value / 1e9
+
+
+_CLOSED = 2  # of `splitinfer_mlp_close`
 
 
 class _Mlp(ctypes.Structure):

@@ -6,6 +6,7 @@ heads, V key/value heads, D head_dim, E experts, K top_k_experts.
 
 from __future__ import annotations
 
+from ctypes import Array
 from typing import Any, NamedTuple
 
 import torch
@@ -182,13 +183,17 @@ class TorchRows:
     def close_mlp(
         self,
         begun: Begun,
-        expected: Expected,
+        expected: Array[Expected],
+        patience: int,
         x: Tensor,
         moe_weight: Tensor,
         weight: Tensor,
         eps: float,
         scalar: float,
-    ) -> Tensor | None:
-        """`end_mlp`, and `combine` with it, where the `expected` answer, the experts' sum, comes before this
-        thread runs out of work; None where it does not, and all is as before."""
+    ) -> tuple[Tensor | None, float]:
+        """`end_mlp`, and `combine` with it, where the `expected` answers, the experts' sum, come meanwhile or
+        so many nanoseconds after it; and when it ended, by `perf_counter`.
+
+        None where they do not come, and 0.0 where it has not ended, because something else came.
+        """
         raise NotImplementedError

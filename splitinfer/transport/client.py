@@ -110,9 +110,9 @@ class Channel:
         return session.link.direct
 
     def room(self, nbytes: int) -> memoryview | None:
-        """Where whoever wrote a parcel to `direct` may read its answer of so many bytes from there; None where
-        it has to come as others do. After it, before anything is awaited: `settle` if what he read was the
-        answer and nothing else, `post` if not."""
+        """Where whoever wrote a parcel to `direct` may read its answer of so many bytes; None where it has to
+        come as others do. After it, before anything is awaited: `settle` if what he read was the answer and
+        nothing else, `post` if not."""
         return None if self._session is None else self._session.link.room(nbytes)
 
     def settle(self, sent: int, received: int) -> None:

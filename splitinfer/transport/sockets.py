@@ -35,7 +35,7 @@ __all__ = ["Link", "Owner"]
 _WRITE_NBYTES: Final = CHUNK_NBYTES
 _READS_PER_EVENT: Final = 4  # then the other connections have their turn
 _LOOKS_PER_TURN: Final = 4
-_SKIPS_PER_TURN: Final = 32  # about the layers of a model
+_SKIPS_PER_TURN: Final = 16  # layers, say, of 5 ms
 _MAX_PIECES: Final = 512  # the kernel takes 1024 at once (IOV_MAX)
 
 
@@ -103,8 +103,8 @@ class Link:
         return self.file
 
     def room(self, nbytes: int) -> memoryview | None:
-        """Where whoever waits for a message of so many bytes may read it himself, and say so to `received`, or
-        to `skipped` where he has no more use for it; None where that cannot be."""
+        """Where whoever waits for a message of so many bytes may read it himself, and tell `received`, or
+        `skipped` where he has no more use for it; None where that cannot be."""
         inbox = self._inbox
         if self.closed or self._paused or self._untold or self._tls is not None or inbox.unfinished:
             return None

@@ -43,7 +43,7 @@ def test_sliding_layers_project_values_and_full_ones_do_not(checkpoint: Checkpoi
 
 def test_a_step_tells_time_and_the_step_behind() -> None:
     timeline, front = Timeline(), Front()
-    step = Step([], {}, Staging(torch.device("cpu")), timeline, front)
+    step = Step([], {}, Staging(torch.device("cpu")), timeline, front, False)
     later = step.record("attention", 2, 0.0)
     assert timeline.seconds == {("attention", 2): later}
     step.leave(2)
@@ -81,7 +81,7 @@ def test_looks_for_an_answer_are_few_and_the_dense_network_always_ends(
     layer, network, timeline = layer_of(checkpoint, 0, QuantConfig()), Network(there), Timeline()
     layer.ops = network  # type: ignore[assignment]
     begun: Any = None
-    step = Step([], {}, Staging(torch.device("cpu")), timeline, None)
+    step = Step([], {}, Staging(torch.device("cpu")), timeline, None, False)
     if there:
         layer.end_dense(begun, step, network)
     else:

@@ -32,6 +32,7 @@ __all__ = [
     "DTYPES",
     "FIXED_SUM",
     "FORMAT_CODES",
+    "MOST_ANSWERS",
     "Answer",
     "Expected",
     "Frame",
@@ -69,6 +70,7 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-pthread", 
 BUILD_TIMEOUT = 120.0  # seconds; it takes about five
 FORMAT_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # the enum in products.h
 DTYPES = (torch.float32, torch.bfloat16)
+MOST_ANSWERS = 16  # of frames.h
 FIXED_SUM = 2  # SUM_FIXED in experts.c
 
 
@@ -125,7 +127,7 @@ class Expected(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("file", ctypes.c_int32),
         ("received", ctypes.c_int32),
-        *((name, ctypes.c_int64) for name in ("took", "seen", "ended")),
+        *((name, ctypes.c_int64) for name in ("took", "seen")),
     )
 
 

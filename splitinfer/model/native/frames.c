@@ -1,6 +1,9 @@
 /* Messages that lie ready but for what the kernels write into them: see frames.h. */
+#define _GNU_SOURCE /* ppoll */
 #include "frames.h"
+#include "team.h"
 
+#include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
 
@@ -27,7 +30,7 @@ void request_send(Request *request, const void *x, int64_t nbytes, const int16_t
 }
 
 /* Returns whether it is what was expected, and nothing besides. */
-int answer_read(Expected *e) {
+static int answer_read(Expected *e) {
     const ssize_t received = recv(e->file, e->room, (size_t)e->size, MSG_DONTWAIT);
     e->received = received > 0 ? (int32_t)received : 0;
     const uint8_t *number = e->room + e->number;
@@ -36,7 +39,37 @@ int answer_read(Expected *e) {
         memcmp(e->room + after, e->pattern + after, (size_t)(e->body - after)))
         return 0;
     e->took = (int64_t)number[0] << 24 | number[1] << 16 | number[2] << 8 | number[3];
+    e->seen = nanoseconds();
     return 1;
+}
+
+/* Those that are missing, for poll; returns how many they are. */
+static int missing(const Expected *expected, int count, struct pollfd *files) {
+    int n = 0;
+    for (int i = 0; i < count; i++) {
+        const int wanted = expected[i].file >= 0 && !expected[i].received;
+        files[i] = (struct pollfd){.fd = wanted ? expected[i].file : -1, .events = POLLIN};
+        n += wanted;
+    }
+    return n;
+}
+
+int answers_there(const Expected *expected, int count) {
+    struct pollfd files[MOST_ANSWERS];
+    return missing(expected, count, files) && poll(files, (nfds_t)count, 0) > 0;
+}
+
+int answers_read(Expected *expected, int count, int64_t patience) {
+    struct pollfd files[MOST_ANSWERS];
+    int left = missing(expected, count, files);
+    const struct timespec most = {patience / 1000000000, patience % 1000000000};
+    if (!left || ppoll(files, (nfds_t)count, &most, NULL) <= 0) return left;
+    for (int i = 0; i < count; i++)
+        if (files[i].revents) {
+            if (!answer_read(expected + i)) return -1;
+            left--;
+        }
+    return left;
 }
 
 void answer_send(Answer *answer, int64_t nanoseconds) {

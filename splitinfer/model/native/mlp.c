@@ -95,22 +95,29 @@ void *mlp_begin(const Mlp *mlp, const void *x, int64_t rows, void *out, int bflo
 
 enum { PIECES_PER_LOOK = 2 };
 
-/* By the thread that began it, where it waits for bytes from `file` besides: works with the others, and returns 1 as
-   soon as there are any while the second product goes on without this thread; 0 where it is all but done. It may be
-   called again; `splitinfer_mlp_end` follows either way. */
-int splitinfer_mlp_until(void *begun, int file) {
-    Run *run = begun;
+/* Works with the others until `there(given)`, and returns 1 as soon as that is so while the second product goes on
+   without this thread; 0 where it is all but done. */
+static int until(Run *run, int (*there)(const void *), const void *given) {
     if (run->member.count == 1) return 0; /* nobody would go on */
     if (run->loop < 0) {
         widen(run, &run->member);
         run->loop = product_begin(&run->member, &run->down);
     }
-    struct pollfd bytes = {.fd = file, .events = POLLIN};
     do
-        if (poll(&bytes, 1, 0) > 0) return 1;
+        if (there(given)) return 1;
     while (product_take(&run->member, &run->down, run->loop, PIECES_PER_LOOK));
     return 0;
 }
+
+static int readable(const void *file) {
+    struct pollfd bytes = {.fd = *(const int *)file, .events = POLLIN};
+    return poll(&bytes, 1, 0) > 0;
+}
+
+/* By the thread that began it, where it waits for bytes from `file` besides: works with the others, and returns 1 as
+   soon as there are any while they go on; 0 where it is all but done. It may be called again; `splitinfer_mlp_end`
+   follows either way. */
+int splitinfer_mlp_until(void *begun, int file) { return until(begun, readable, &file); }
 
 /* By the thread that began it. */
 void splitinfer_mlp_end(void *begun) {
@@ -124,24 +131,47 @@ void splitinfer_mlp_end(void *begun) {
     free(run);
 }
 
-/* By the thread that began it, where one answer is all that is missing: ends it and makes `splitinfer_combine` of x and
-   both, if that answer comes, as expected, before this thread runs out of work. Returns 1 then; 0 if not, and nothing
-   has ended. */
-int splitinfer_mlp_close(void *begun, Expected *expected, const void *x, const float *moe_weight, const float *weight,
-                         float eps, float scalar, void *out) {
+typedef struct {
+    Expected *expected;
+    int count;
+} Answers;
+
+static int answered(const void *given) {
+    const Answers *a = given;
+    return answers_there(a->expected, a->count);
+}
+
+/* The experts' sum: the one answer, which is of the rows' type, or those of several nodes, float32, into `room`. */
+static const void *experts_sum(const Answers *a, int64_t rows, int64_t n, int bfloat16, void *room) {
+    const float *parts[MOST_ANSWERS];
+    int held = 0;
+    for (int i = 0; i < a->count; i++)
+        if (a->expected[i].file >= 0) parts[held++] = (const float *)(a->expected[i].room + a->expected[i].body);
+    return a->count == 1 ? (const void *)parts[0] : splitinfer_sum(parts, held, rows, n, room, bfloat16, 1) ? NULL : room;
+}
+
+/* By the thread that began it, where answers, at most MOST_ANSWERS, are all that is missing: ends it, and makes
+   `splitinfer_combine` of x and both, if they come as expected while it runs or so many nanoseconds after; `ended` is
+   when it had. Returns 2 then; 1 if it has ended and they have not all come; 0 if it has not. */
+int splitinfer_mlp_close(void *begun, Expected *expected, int count, int64_t patience, int64_t *ended, const void *x,
+                         const float *moe_weight, const float *weight, float eps, float scalar, void *out) {
     Run *run = begun;
+    const Answers answers = {expected, count};
     const int64_t rows = run->down.rows, n = run->mlp.down->n;
-    const Combine combine = {x, run->out, expected->room + expected->body, run->bfloat16, n, moe_weight, weight, eps,
-                             scalar, out};
-    float *scratch = team_memory(2 * n);
-    expected->received = 0;
-    const int closes = scratch && splitinfer_mlp_until(begun, expected->file) && answer_read(expected);
-    if (closes) {
-        expected->seen = nanoseconds();
+    Combine combine = {x, run->out, 0, run->bfloat16, n, moe_weight, weight, eps, scalar, out};
+    float *scratch = team_memory(2 * n + rows * n);
+    if (!scratch) return 0;
+    int left = 1, over = 0;
+    while (left > 0 && until(run, answered, &answers)) left = answers_read(expected, count, 0);
+    if (left >= 0) {
         splitinfer_mlp_end(begun);
-        expected->ended = nanoseconds();
-        for (int64_t r = 0; r < rows; r++) combine_row(&combine, r, scratch);
+        over = 1;
+        *ended = nanoseconds();
+        for (int64_t now = *ended, end = now + patience; left > 0 && now < end; now = nanoseconds())
+            left = answers_read(expected, count, end - now);
+        if (!left) combine.moe = experts_sum(&answers, rows, n, combine.bfloat16, scratch + 2 * n);
+        for (int64_t r = 0; combine.moe && r < rows; r++) combine_row(&combine, r, scratch);
     }
     free(scratch);
-    return closes;
+    return combine.moe ? 2 : over;
 }

@@ -116,6 +116,10 @@ typedef struct {
 /* Row r of a `Combine`; scratch [2 n]. */
 void combine_row(const void *given, int64_t r, float *scratch);
 
+/* See rows.c. */
+int splitinfer_sum(const float *const *parts, int count, int64_t rows, int64_t n, void *out, int out_bfloat16,
+                   int threads);
+
 /* See attention.c. */
 int splitinfer_attend(const void *queries, const void *keys, const void *values, const uint16_t *key_scales,
                       const uint16_t *value_scales, void *out, int bfloat16, int64_t rows, int64_t heads,
