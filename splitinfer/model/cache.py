@@ -92,6 +92,7 @@ class _Store:
         if int8:
             self.buffers += [torch.empty(shape[:2], device=device, dtype=torch.float16) for _ in range(2)]
         self._addresses: tuple[int, int] | None = None  # None too where memory for one of them was missing
+        self._capacity = 0  # of all buffers
         self.base = 0
         self.rows = 0
 
@@ -117,7 +118,7 @@ class _Store:
         room = self._room(start, new) if self.buffers[0].dtype is dtype else None
         if room is None or self._addresses is None:
             return None
-        return Place(self.buffers[0].shape[1], *room, *self._addresses)
+        return Place(self._capacity, *room, *self._addresses)
 
     def _room(self, start: int, new: int) -> tuple[int, int] | None:
         """Room in the buffers for n rows from position `start` on: behind how many others, and how many of
@@ -162,15 +163,15 @@ class _Store:
 
     def _reserve(self, rows: int) -> None:
         """Room for so many rows. Buffers move one after the other, so there is one copy of one of them."""
-        capacity = min(buffer.shape[1] for buffer in self.buffers)
-        if rows <= capacity:
+        if rows <= self._capacity:
             return
         self._addresses = None
-        larger_capacity = grown(capacity, rows, self.reach)
+        larger_capacity = grown(self._capacity, rows, self.reach)
         for i, buffer in enumerate(self.buffers):
             larger = buffer.new_empty((len(buffer), larger_capacity, *buffer.shape[2:]))
             larger[:, : self.rows] = buffer[:, : self.rows]
             self.buffers[i] = larger
+        self._capacity = larger_capacity
         self._addresses = (self.buffers[0].data_ptr(), self.buffers[1].data_ptr())
 
 

@@ -5,6 +5,7 @@ Shape letters: H hidden_size, I moe_intermediate_size, K top_k_experts.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Awaitable, Generator, Mapping, Sequence
 from ctypes import Array
 from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
@@ -20,7 +21,7 @@ from splitinfer.fixed_point import from_fixed, out_of_range
 from splitinfer.model.compute import run, runs_inline, submit
 from splitinfer.model.exact import expert_in_fixed_point
 from splitinfer.model.linear import Linear, matrix_of
-from splitinfer.model.native import DTYPES, FIXED_SUM, Answer, Expected, Matrix, Request, address_of, kernels
+from splitinfer.model.native import DTYPES, FIXED_SUM, Answer, Expected, Matrix, Request, kernels
 from splitinfer.model.quantize import Packed, format_of
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline, perf_counter
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_at, _of = ctypes.addressof, ctypes.c_char.from_buffer  # `address_of`, at a third of the cost
 
 
 Where: TypeAlias = Literal["here", "near", "away"]
@@ -254,8 +257,8 @@ class ExpertBank:
         kind = FIXED_SUM if out_dtype is FIXED else int(out_dtype is torch.bfloat16)
         try:
             self._kernels.experts_at(
-                held.gate_up, held.down, address_of(x), dtype is torch.bfloat16, rows,
-                address_of(top_k_index), address_of(top_k_weights), k, address_of(out), kind, answer,
+                held.gate_up, held.down, _at(_of(x)), dtype is torch.bfloat16, rows, _at(_of(top_k_index)),
+                _at(_of(top_k_weights)), k, _at(_of(out)), kind, answer,
             )  # fmt: skip
         except (KeyError, OverflowError) as error:
             raise _refusal(error, layer) from None
