@@ -25,6 +25,7 @@ Collect = Callable[[Rows, list[ExpertCall], float, "Timeline | None"], Awaitable
 
 PATIENCE = 5e-3  # seconds: longer waits leave the event loop to others
 _WORTH_FROM, _MOST = 2, 3  # as in transport.polling
+_VAIN = -30  # after a wait in vain: about a token's layers pass before the next
 
 
 class Waits:
@@ -43,7 +44,12 @@ class Waits:
     def note(self, waited: float, compute: float) -> None:
         """An answer was waited for so long when all else was done."""
         self.seconds += compute
-        self._short = min(_MOST, self._short + 1) if waited <= PATIENCE else max(0, self._short - 1)
+        self._short = min(_MOST, self._short + 1) if waited <= PATIENCE else max(_VAIN, self._short - 1)
+
+    def in_vain(self) -> None:
+        """Patience was over before the answer came; it may need the very event loop that was kept waiting."""
+        if self.patience:
+            self._short = _VAIN
 
 
 class Shape(NamedTuple):
@@ -157,6 +163,9 @@ class ReadyRequests:
     @property
     def patience(self) -> int:
         return self._waits.patience
+
+    def missed(self) -> None:
+        self._waits.in_vain()
 
     def answered(self, start: float, timeline: Timeline | None) -> float:
         compute, end = 0.0, start

@@ -70,6 +70,10 @@ class Outgoing(Protocol):
         """For how many nanoseconds at most waiting for them like that is worth it."""
         ...
 
+    def missed(self) -> None:
+        """They did not come in this time."""
+        ...
+
     def answered(self, start: float, timeline: Timeline | None) -> float:
         """They came as expected, so that there is nothing to `post`; what was waited for from `start` on goes
         to `timeline`. Returns when that was over."""

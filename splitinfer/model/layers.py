@@ -321,6 +321,7 @@ class DecoderLayer:
             step.timeline.add("dense", self.index, start, ended)
         took(self.dense, ended - start)
         if x is None:
+            sent.missed()
             return None, begun.out
         step.record("combine", self.index, sent.answered(ended, step.timeline))
         return x, None
