@@ -198,7 +198,9 @@ class RemoteExperts:
 
     def outgoing(self, layer: int, x: Tensor, k: int) -> ReadyRequests | None:
         """See `model.experts.Preparing`. None where the rows are too many, where a node is sent some of them
-        only, and while a node is away."""
+        only, and where something is to be seen to that `dispatch` sees to."""
+        if self._avoided and perf_counter() > self._avoided_until:
+            return None  # `dispatch` looks again
         ready = self._ready.get((layer, x.shape, x.dtype))
         if ready is None:
             ready = self._lay_out(layer, Shape(x.shape[0], x.shape[1], _name(x.dtype), k))
@@ -206,7 +208,7 @@ class RemoteExperts:
             before = self._ready.get((layer - 1, x.shape, x.dtype))
             if before and ready:
                 before.following = ready
-        return ready if ready and not self._avoided and ready.may_go() else None
+        return ready if ready and ready.may_go() else None
 
     def _lay_out(self, layer: int, shape: Shape) -> ReadyRequests | Literal[False]:
         owner = self._owners[layer]

@@ -186,8 +186,8 @@ class ReadyRequests:
     def post(
         self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, timeline: Timeline | None = None
     ) -> Awaitable[Tensor]:
-        calls = []
-        start = self._start or perf_counter()
+        calls, start = [], perf_counter()
+        sent = self._start or start
         for place, (node, channel, parcel) in enumerate(
             zip(self._nodes, self._channels, self._parcels, strict=True)
         ):
@@ -196,10 +196,9 @@ class ReadyRequests:
                 received = self._expected[place].received if self._answers else 0
                 experts = parcel.tensors[1]
                 kept = transport.Tensor(experts.dtype, experts.shape, memoryview(bytes(experts.data)))
-                sent = request.frame.sent
-                answer = channel.post(parcel, sent, received, timeout=self._timeout)
+                answer = channel.post(parcel, request.frame.sent, received, timeout=self._timeout)
                 share = Share(node, None, [x, kept, top_k_weights])
-                calls.append(ExpertCall(share, self._out, answer, start))
+                calls.append(ExpertCall(share, self._out, answer, sent))
         return self._collect(Rows(x, top_k_index, top_k_weights), calls, start, timeline)
 
 

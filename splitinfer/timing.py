@@ -1,9 +1,10 @@
 """Where the time of a step went: named phases on one clock, cheap enough to leave on.
 
-Phases are the words of the design: "attention" (and routing), "dispatch" (handing rows to the kernel),
-"dense" (what is left of it, where it began beside the dispatch; an answer that comes meanwhile is taken then,
-between two spans), "experts" (their arithmetic, as far as it was waited for), "network" (the rest of that
-wait), "combine" (the answers, and these with the dense branch), "head", "sampling", "draft". Times are
+Phases are the words of the design: "attention" (and routing), "dispatch" (handing rows to the kernel, where
+that is not done within attention), "dense" (what is left of it, where it began beside the dispatch; an answer
+that comes meanwhile is taken then, between two spans), "experts" (their arithmetic, as far as it was waited
+for), "network" (the rest of that wait), "combine" (the answers, and these with the dense branch; in one span
+where one call does both), "head", "sampling", "draft". Times are
 `time.perf_counter()` seconds. Phases of a step do not overlap, so their sum is the time of the step less what
 no phase claims; the chunks of a long prompt are steps that do overlap.
 """

@@ -305,6 +305,7 @@ class Connection:
         """Queue what is left of a parcel, of which `sent` bytes have gone; returns the call's id."""
         self.made += 1
         self.outbox.post(parcel, sent)
+        self._callers[parcel.id] = True
         return parcel.id
 
     def settle(self, sent: int) -> None:
