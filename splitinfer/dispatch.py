@@ -12,13 +12,10 @@ import logging
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from reprlib import repr as shortened
 from time import perf_counter
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from splitinfer import transport
@@ -27,15 +24,14 @@ from splitinfer.errors import (
     LinkError,
     Overloaded,
     PlacementError,
-    RemoteProtocolError,
 )
 from splitinfer.exact_nodes import check_exact
-from splitinfer.fanout import Owner, Partial, Rows, Share, add_partials, divide, divide_by
+from splitinfer.fanout import Owner, Partial, Rows, Share, add_partials, divide, divide_by, name_of
 from splitinfer.in_flight import ExpertCall, Pending
 from splitinfer.lost_nodes import gone, late, naming, still_holds
 from splitinfer.model.experts import Where, expert_ids
 from splitinfer.placement import Columns, Holding, Placement
-from splitinfer.ready_requests import ReadyRequests, Shape, Waits
+from splitinfer.ready_requests import ReadyCalls, ReadyRequests, Waits
 from splitinfer.timing import Timeline
 
 __all__ = ["NodeInfo", "RemoteExperts"]
@@ -192,7 +188,7 @@ class RemoteExperts:
                 self._pass_over()
                 break
         shares = divide(self._owners[layer], wire)
-        out = _name(wire.x.dtype) if len(shares) == 1 and not self._exact else self._wide
+        out = name_of(wire.x.dtype) if len(shares) == 1 and not self._exact else self._wide
         calls = self._send(layer, shares, out, deadline)
         return self._collect(layer, wire, calls, start, timeline)
 
@@ -201,24 +197,8 @@ class RemoteExperts:
         only, and where something is to be seen to that `dispatch` sees to."""
         if self._avoided and perf_counter() > self._avoided_until:
             return None  # `dispatch` looks again
-        ready = self._ready.get((layer, x.shape, x.dtype))
-        if ready is None:
-            ready = self._lay_out(layer, Shape(x.shape[0], x.shape[1], _name(x.dtype), k))
-            self._ready[layer, x.shape, x.dtype] = ready
-            before = self._ready.get((layer - 1, x.shape, x.dtype))
-            if before and ready:
-                before.following = ready
-        return ready if ready and ready.may_go() else None
-
-    def _lay_out(self, layer: int, shape: Shape) -> ReadyRequests | Literal[False]:
-        owner = self._owners[layer]
-        if not ReadyRequests.fits(shape, owner):
-            return False
-        out = shape.dtype if owner.sole is not None and not self._exact else self._wide
-        collect = partial(self._collect, layer)
-        return ReadyRequests(
-            EXPERT_CALL, layer, shape, owner, self._channels, out, self._timeout, collect, self._waits
-        )
+        ready = self._ready.of(layer, x, k)
+        return ready if ready is not None and ready.may_go() else None
 
     def _collect(
         self,
@@ -247,8 +227,9 @@ class RemoteExperts:
         """Ask others instead of these `nodes` for a while, wherever there are others."""
         self._avoided, self._avoided_until = nodes, perf_counter() + AVOID_FOR
         self._owners = {layer: Owner(self._owner(layer)) for layer in self.placement.holders}
-        # For as long as these are asked: by layer, shape and dtype of x; False where nothing can lie ready.
-        self._ready: dict[Any, ReadyRequests | Literal[False]] = {}
+        self._ready = ReadyCalls(
+            EXPERT_CALL, self._owners, self._channels, self._exact, self._timeout, self._collect, self._waits
+        )
 
     def _owner(self, layer: int, span: Columns | None = None) -> npt.NDArray[np.int16]:
         """`Placement.owner`, asking avoided nodes only for what nobody else holds."""
@@ -336,11 +317,11 @@ class RemoteExperts:
                     except (LinkError, Overloaded) as error:
                         lost.append((call, error))
                         continue
-                    partials.append(self._partial(call, reply))
-                    seconds = self._arithmetic(call, reply)
+                    address = self.placement.addresses[call.share.node]
+                    partials.append(call.partial(reply, address))
+                    seconds = call.arithmetic(reply, address)
                     compute = max(compute, seconds)
                     if timeline is not None and call.answered:
-                        address = self.placement.addresses[call.share.node]
                         timeline.add_remote(layer, address, call.sent, call.answered, seconds)
                 calls = []
                 if lost:
@@ -369,30 +350,6 @@ class RemoteExperts:
         if not self._channels[call.share.node].connected:
             return gone(address, experts, layer)
         return late(address, layer, self._timeout)
-
-    def _partial(self, call: ExpertCall, reply: transport.Reply) -> Partial:
-        """The answer, checked against what was asked."""
-        share, tensors = call.share, reply.tensors
-        expected = tuple(share.tensors[0].shape)  # as x
-        if len(tensors) == 1 and tensors[0].shape == expected and tensors[0].dtype == call.out:
-            return Partial(share.node, share.rows, tensors[0])
-        found = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors) or "nothing"
-        raise self._wrong(call, f"{found}, not {call.out} {list(expected)}")
-
-    def _arithmetic(self, call: ExpertCall, reply: transport.Reply) -> float:
-        """The node's own account of its seconds, 0 where it gives none."""
-        microseconds = reply.meta.get("compute_us", 0)
-        if type(microseconds) is int and microseconds >= 0:
-            return microseconds / 1e6
-        raise self._wrong(call, f"compute_us {shortened(microseconds)}, which is no number of microseconds")
-
-    def _wrong(self, call: ExpertCall, found: str) -> RemoteProtocolError:
-        address = self.placement.addresses[call.share.node]
-        return RemoteProtocolError(
-            f"node {address} answered an expert call with {found}",
-            peer=address,
-            remedy="Run the same version of splitinfer on both machines.",
-        )
 
     async def _again(
         self, layer: int, wire: Rows, lost: list[tuple[ExpertCall, LinkError | Overloaded]], deadline: float
@@ -424,7 +381,3 @@ class RemoteExperts:
         # As partial sums, whatever was asked before: rounded once, here.
         shares = [share for owner in owners for share in divide_by(owner, wire)]
         return self._send(layer, shares, self._wide, deadline)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

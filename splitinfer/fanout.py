@@ -22,7 +22,7 @@ from splitinfer.fixed_point import from_fixed
 from splitinfer.model.native import DTYPES, address_of
 from splitinfer.model.row_kernels import row_kernels
 
-__all__ = ["Indices", "Owner", "Partial", "Rows", "Share", "add_partials", "divide", "divide_by"]
+__all__ = ["Indices", "Owner", "Partial", "Rows", "Share", "add_partials", "divide", "divide_by", "name_of"]
 
 Indices = npt.NDArray[np.int64]
 Experts = npt.NDArray[np.int16]
@@ -193,6 +193,11 @@ def _taken(sums: transport.Tensor, x: Tensor) -> Tensor:
 
 def _copy(x: Tensor) -> memoryview:
     return memoryview(string_at(x.data_ptr(), x.nbytes))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As the wire has it."""
+    return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in (*DTYPES, torch.float16, torch.float64)}

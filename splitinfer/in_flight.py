@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
+from reprlib import repr as shortened
 from time import perf_counter
 from typing import Any
 
 from torch import Tensor
 
 from splitinfer import transport
-from splitinfer.fanout import Share
+from splitinfer.errors import RemoteProtocolError
+from splitinfer.fanout import Partial, Share
 
 __all__ = ["ExpertCall", "Pending"]
 
@@ -29,10 +31,35 @@ class ExpertCall:
     def note_time(self, _: object) -> None:
         self.answered = perf_counter()
 
+    def partial(self, reply: transport.Reply, address: str) -> Partial:
+        """The answer of the node at `address`, checked against what was asked. Raises RemoteProtocolError."""
+        share, tensors = self.share, reply.tensors
+        expected = tuple(share.tensors[0].shape)  # as x
+        if len(tensors) == 1 and tensors[0].shape == expected and tensors[0].dtype == self.out:
+            return Partial(share.node, share.rows, tensors[0])
+        found = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors) or "nothing"
+        raise _wrong(address, f"{found}, not {self.out} {list(expected)}")
+
+    @staticmethod
+    def arithmetic(reply: transport.Reply, address: str) -> float:
+        """The node's own account of its seconds, 0 where it gives none. Raises RemoteProtocolError."""
+        microseconds = reply.meta.get("compute_us", 0)
+        if type(microseconds) is int and microseconds >= 0:
+            return microseconds / 1e6
+        raise _wrong(address, f"compute_us {shortened(microseconds)}, which is no number of microseconds")
+
     def give_up(self) -> None:
         """Nobody waits for the answer any more. One that has failed already is not worth a word either."""
         if not self.answer.cancel() and not self.answer.cancelled():
             self.answer.exception()
+
+
+def _wrong(address: str, found: str) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        f"node {address} answered an expert call with {found}",
+        peer=address,
+        remedy="Run the same version of splitinfer on both machines.",
+    )
 
 
 class Pending:

@@ -6,23 +6,25 @@ swept. Here the nodes are at work before Python takes its turn; its part is done
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ctypes import Array
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from splitinfer import transport
-from splitinfer.fanout import Owner, Rows, Share
+from splitinfer.fanout import Owner, Rows, Share, name_of
 from splitinfer.in_flight import ExpertCall
 from splitinfer.model.native import MOST_ANSWERS, Expected, Frame, Request, address_of
 from splitinfer.timing import Timeline
 
-__all__ = ["Collect", "ReadyRequests", "Shape", "Waits"]
+__all__ = ["Collect", "ReadyCalls", "ReadyRequests", "Shape", "Waits"]
 
-Collect = Callable[[Rows, list[ExpertCall], float, "Timeline | None"], Awaitable[Tensor]]
+Collect = Callable[[int, Rows, list[ExpertCall], float, "Timeline | None"], Awaitable[Tensor]]
 
+ALIGNMENT = 64  # of tensors on the wire
 PATIENCE = 5e-3  # seconds: longer waits leave the event loop to others
 _WORTH_FROM, _MOST = 2, 3  # as in transport.polling
 _VAIN = -30  # after a wait in vain: about a token's layers pass before the next
@@ -106,13 +108,6 @@ class ReadyRequests:
         self._expected = (Expected * len(self._answers))(*map(_expected, self._answers))
         self._rooms: list[memoryview | None] = [None] * len(self._answers)
         self._start = 0.0
-
-    @staticmethod
-    def fits(shape: Shape, owner: Owner) -> bool:
-        """Whether such calls can lie ready: they are small, and every node that is asked is sent all rows."""
-        largest = shape.rows * (8 * shape.hidden + 6 * shape.k) + 192
-        whole = owner.sole is not None and owner.sole >= 0
-        return (whole or shape.rows == 1) and largest <= transport.PARCEL_NBYTES
 
     def stamp(self) -> bool:
         """Make them calls of their nodes. False where one cannot go as it is."""
@@ -199,7 +194,50 @@ class ReadyRequests:
                 answer = channel.post(parcel, request.frame.sent, received, timeout=self._timeout)
                 share = Share(node, None, [x, kept, top_k_weights])
                 calls.append(ExpertCall(share, self._out, answer, sent))
-        return self._collect(Rows(x, top_k_index, top_k_weights), calls, start, timeline)
+        return self._collect(self._layer, Rows(x, top_k_index, top_k_weights), calls, start, timeline)
+
+
+class ReadyCalls:
+    """The ready requests of all layers, laid out when they are first asked for, while `owners` are asked."""
+
+    def __init__(
+        self,
+        method: str,
+        owners: Mapping[int, Owner],
+        channels: Sequence[transport.Channel],
+        exact: bool,
+        timeout: float,
+        collect: Collect,
+        waits: Waits,
+    ) -> None:
+        self._method, self._owners, self._channels, self._exact = method, owners, channels, exact
+        self._timeout, self._collect, self._waits = timeout, collect, waits
+        # By layer, shape and dtype of x; False where such calls cannot lie ready.
+        self._known: dict[Any, ReadyRequests | Literal[False]] = {}
+
+    def of(self, layer: int, x: Tensor, k: int) -> ReadyRequests | None:
+        """Those of a layer for rows like x [rows, H] with k experts each."""
+        ready = self._known.get((layer, x.shape, x.dtype))
+        if ready is None:
+            ready = self._known[layer, x.shape, x.dtype] = self._lay_out(layer, x, k)
+            before = self._known.get((layer - 1, x.shape, x.dtype))
+            if before and ready:
+                before.following = ready
+        return ready or None
+
+    def _lay_out(self, layer: int, x: Tensor, k: int) -> ReadyRequests | Literal[False]:
+        owner, rows, dtype = self._owners[layer], x.shape[0], name_of(x.dtype)
+        sole = owner.sole is not None and owner.sole >= 0
+        out = "int64" if self._exact else dtype if sole else "float32"
+        # They are small, and every node that is asked is sent all rows.
+        request = x.nbytes + rows * 6 * k + 3 * ALIGNMENT
+        answer = x.numel() * getattr(torch, out).itemsize + ALIGNMENT
+        if not (sole or rows == 1) or max(request, answer) > transport.PARCEL_NBYTES:
+            return False
+        shape = Shape(rows, x.shape[1], dtype, k)
+        return ReadyRequests(
+            self._method, layer, shape, owner, self._channels, out, self._timeout, self._collect, self._waits
+        )
 
 
 def _request(parcel: transport.Parcel, asked: bytearray | None) -> Request:

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "placement": {"errors"},
     "planning": {"errors", "placement", "model"},
     "fanout": {"fixed_point", "transport", "model"},
-    "in_flight": {"transport", "fanout"},
+    "in_flight": {"errors", "transport", "fanout"},
     "exact_nodes": {"errors", "placement"},
     "trace": {"errors", "timing"},
     "lost_nodes": {"errors", "placement"},

@@ -308,11 +308,6 @@ class Connection:
         self._callers[parcel.id] = True
         return parcel.id
 
-    def settle(self, sent: int) -> None:
-        """A call went, `sent` bytes of it, and was answered elsewhere."""
-        self.made += 1
-        self.outbox.sent_nbytes += sent
-
     def adopt(self, id: int, caller: Any) -> None:
         """A request made without a `caller` gets one."""
         self._callers[id] = caller

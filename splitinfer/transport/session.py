@@ -185,7 +185,8 @@ class Session:
 
     def settle(self, sent: int, received: int) -> None:
         """A call was made and answered by whoever wrote to `direct` and read into `room`: count it."""
-        self.connection.settle(sent)
+        self.connection.made += 1
+        self.connection.outbox.sent_nbytes += sent
         self.link.skipped(received)
 
     def forget(self, call: AnyCall) -> None:
