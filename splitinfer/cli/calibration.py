@@ -20,7 +20,7 @@ from statistics import median
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
-from splitinfer.planning.cost import CallCost, ClientCost, Curve
+from splitinfer.planning.cost import Alone, CallCost, ClientCost, Curve
 from splitinfer.timing import Timeline
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ ROWS = (1, 2, 4, 8)
 GROUP = 4  # sequences in a step of several: half of the table's streams
 PAUSE = 0.001  # seconds that a layer waits where a call would be, without nodes
 BETWEEN_CALLS = 0.0003  # seconds of the client's own work between two calls, about
+ANSWER_NANOSECONDS = 1_000_000_000
 CONTEXT = 96  # tokens before the rows that are measured
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 0, "ignore_eos": True}
 
@@ -158,25 +159,32 @@ async def calibrate_calls(
     so much `work` here (see `measure_work`)."""
     import torch
 
+    from splitinfer.ready_requests import PATIENCE
+
     generator = torch.Generator().manual_seed(0)
     layers = list(experts.placement.holders)
     parts: dict[str, dict[int, float]] = {name: {} for name in ("dispatch", "network", "experts", "combine")}
+    alone: dict[str, dict[int, float]] = {name: {} for name in ("dispatch", "network", "combine")}
     for rows in ROWS:
         x = torch.randn(rows, config.hidden_size, generator=generator).to(dtype)
         weights = torch.full((rows, config.top_k_experts), 1.0 / config.top_k_experts)
         taken: dict[str, list[float]] = {name: [] for name in parts}
+        ready: dict[str, list[float]] = {name: [] for name in alone}
         for number in range(-effort.warm_up(effort.calls), effort.calls):
-            _work_for(BETWEEN_CALLS)
             index = torch.rand(rows, config.num_experts, generator=generator).topk(config.top_k_experts)[1]
             index = index.to(torch.int16)
-            timeline = Timeline()
-            await experts.dispatch(layers[number % len(layers)], x, index, weights, timeline)
-            if number >= 0:
-                for name, seconds in timeline.by_phase().items():
-                    taken[name].append(seconds)
-        for name, found in taken.items():
-            parts[name][rows] = median(found)
+            layer = layers[number % len(layers)]
+            for way, asked in ((taken, _dispatched), (ready, _by_kernels)):
+                _work_for(BETWEEN_CALLS)
+                timeline = await asked(experts, layer, x, index, weights)
+                for name, seconds in timeline.by_phase().items() if number >= 0 else ():
+                    if name in way:
+                        way[name].append(seconds)
+        for found, at in ((taken, parts), (ready, alone)):
+            for name, several in found.items():
+                at[name][rows] = median(several)
     handling = {rows: max(0.0, seconds - round_trip) for rows, seconds in parts["network"].items()}
+    by_itself = {rows: seconds - round_trip for rows, seconds in alone["network"].items()}
     return CallCost(
         round_trip,
         experts=Curve.of(parts["experts"]),
@@ -185,7 +193,43 @@ async def calibrate_calls(
         handling=Curve.of(handling),
         message=work,
         nodes=len(experts.nodes),
+        alone=Alone(
+            PATIENCE,
+            send=Curve.of(alone["dispatch"]),
+            combine=Curve.of(alone["combine"]),
+            handling=Curve.of(by_itself),
+        ),
     )
+
+
+async def _dispatched(
+    experts: RemoteExperts, layer: int, x: Tensor, index: Tensor, weights: Tensor
+) -> Timeline:
+    """Where a call's time goes that Python makes and waits for."""
+    timeline = Timeline()
+    await experts.dispatch(layer, x, index, weights, timeline)
+    return timeline
+
+
+async def _by_kernels(
+    experts: RemoteExperts, layer: int, x: Tensor, index: Tensor, weights: Tensor
+) -> Timeline:
+    """The same of one that the kernels make and wait for, as in a layer; `_dispatched` where they cannot."""
+    from splitinfer.model.native import kernels
+
+    built, ready = kernels(), experts.outgoing(layer, x, index.shape[1])
+    if built is None or ready is None:
+        return await _dispatched(experts, layer, x, index, weights)
+    timeline, start = Timeline(), perf_counter()
+    built.send(ready.requests, x, index, weights)
+    sent, expected = perf_counter(), ready.expected()
+    if expected is None or not built.read(expected, ANSWER_NANOSECONDS):
+        await ready.post(x, index, weights, timeline)
+        return timeline
+    timeline.add("dispatch", layer, start, sent)
+    end = ready.answered(sent, timeline)
+    timeline.add("combine", layer, end, perf_counter())
+    return timeline
 
 
 def _work_for(seconds: float) -> None:

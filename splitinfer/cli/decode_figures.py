@@ -63,6 +63,9 @@ def calibration_lines(bench: Bench) -> list[str]:
         parts = {"experts": call.experts, "handling": call.handling, "send": call.send, "add": call.combine}
         trip = f"{call.round_trip * 1e3:.2f} ({call.message * 1e3:.2f} of processor time here)"
         lines.append(f"a call to {nodes}, ms beside its round trip of {trip}: {_curves(parts)}")
+        if call.alone is not None:
+            alone = {"handling": call.alone.handling, "send": call.alone.send, "add": call.alone.combine}
+            lines.append(f"one that the kernels send and wait for, the same: {_curves(alone)}")
     for depth, tokens in sorted(bench.yields.items()):
         lines.append(f"{depth} drafts a step give {tokens:.2f} tokens")
     return lines

@@ -21,6 +21,7 @@ from heapq import heappop, heappush
 from itertools import accumulate
 
 __all__ = [
+    "Alone",
     "CallCost",
     "ClientCost",
     "Curve",
@@ -82,13 +83,27 @@ class ClientCost:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """As `send`, `combine` and `handling` of `CallCost`, where kernels send a call and wait for its answer,
+    for up to `longest` seconds: for one sequence that nothing else is under way beside. `handling` may be
+    less than nothing, as the message that a round trip is measured with is sent and waited for by Python.
+    """
+
+    longest: float
+    send: Curve
+    combine: Curve
+    handling: Curve
+
+
+@dataclass(frozen=True)
 class CallCost:
     """Seconds of one layer's call to its `nodes`. `round_trip` is that of an empty message to one of them, of
     which `message` keeps the client busy; `nbytes` of one row, both ways, pass at `bandwidth` bytes/s (0:
     any).
 
     By rows: `send` and `combine` are the client's work before and after, `handling` what transport and node
-    take beside the link and the arithmetic, `experts` the arithmetic of the slowest node.
+    take beside the link and the arithmetic, `experts` the arithmetic of the slowest node. `alone` has what is
+    different where one sequence decodes.
     """
 
     round_trip: float
@@ -100,6 +115,12 @@ class CallCost:
     nodes: int = 1
     nbytes: float = 0.0
     bandwidth: float = 0.0
+    alone: Alone | None = None
+
+    def for_one(self, rows: float, dense: float) -> Alone | CallCost:
+        """`send`, `combine` and `handling` of a call of one sequence, which has `dense` to do meanwhile."""
+        wait = self.round_trip + self.transfer(rows) + self.experts.at(rows) - dense
+        return self.alone if self.alone is not None and wait <= self.alone.longest else self
 
     def shares(self, rows: float) -> tuple[float, float, float]:
         """Where a call's seconds beside arithmetic, `send` and `combine` go: to the client, to the nodes, and
@@ -171,15 +192,16 @@ def step_terms(setup: Setup, rows: int, sequences: int = 1) -> dict[str, float]:
         if call is None:
             parts |= {"dense network": dense, "local experts": client.experts.at(rows)}
         else:
+            way = call.for_one(rows, dense) if sequences == 1 else call
             away = {
                 "round trip": call.round_trip,
                 "link bandwidth": call.transfer(rows),
                 "node experts": call.experts.at(rows),
-                "call handling": call.handling.at(rows),
+                "call handling": way.handling.at(rows),
             }
             parts |= away
             parts["dense network"] = max(0.0, dense - sum(away.values()))
-            parts["call handling"] += call.send.at(rows) + call.combine.at(rows)
+            parts["call handling"] += way.send.at(rows) + way.combine.at(rows)
         for name, seconds in parts.items():
             terms[name] += count * seconds
     terms["lm_head"] = client.head.at(rows)

@@ -144,6 +144,11 @@ class Kernels:
         self._experts = library.splitinfer_experts
         self._experts.argtypes = [pointer, pointer, size, pointer, integer, size, pointer, pointer, size]
         self._experts.argtypes += [pointer, integer, pointer, pointer, integer]
+        self._send = library.splitinfer_request_send
+        self._send.argtypes = [pointer, pointer, size, pointer, pointer, size]
+        self._send.restype = None
+        self._read = library.splitinfer_answers_read
+        self._read.argtypes = [pointer, integer, size]
         self._attend = library.splitinfer_attend
         self._attend.argtypes = [*[pointer] * 6, integer, *[size] * 8, integer]
 
@@ -208,6 +213,21 @@ class Kernels:
             raise OverflowError
         if failed:
             raise KeyError(wrong.value)
+
+    def send(self, requests: ctypes.Array[Request], x: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Fill requests with rows and their experts, and send them, as a layer does after its attention."""
+        for request in requests:
+            self._send(
+                ctypes.addressof(request), x.data_ptr(), x.nbytes, index.data_ptr(), weights.data_ptr(),
+                index.numel(),
+            )  # fmt: skip
+
+    def read(self, expected: ctypes.Array[Expected], patience: int) -> bool:
+        """Wait for answers, so many nanoseconds for each; whether all have come, as expected."""
+        before, left = len(expected) + 1, len(expected)
+        while 0 < left < before:
+            before, left = left, int(self._read(ctypes.addressof(expected), len(expected), patience))
+        return left == 0
 
     def attend(
         self,

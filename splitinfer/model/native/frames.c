@@ -18,7 +18,7 @@ static void frame_send(Frame *frame) {
     frame->sent = sent > 0 ? (int32_t)sent : 0;
 }
 
-void request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index, const float *weights,
+void splitinfer_request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index, const float *weights,
                   int64_t places) {
     const uint8_t *asked = request->asked;
     int64_t needed = 0;
@@ -79,7 +79,7 @@ static int look(struct pollfd *files, int count, int64_t end) {
     return 0;
 }
 
-int answers_read(Expected *expected, int count, int64_t patience) {
+int splitinfer_answers_read(Expected *expected, int count, int64_t patience) {
     struct pollfd files[MOST_ANSWERS];
     int left = missing(expected, count, files);
     const int64_t start = nanoseconds(), end = start + patience;

@@ -45,10 +45,10 @@ enum { MOST_ANSWERS = 16 };
 
 /* Those of `count`, at most MOST_ANSWERS, that have not come yet: waits for any of them for so many nanoseconds, and reads
    what there is. Returns how many are still missing; -1 where something else came. */
-int answers_read(Expected *expected, int count, int64_t patience);
+int splitinfer_answers_read(Expected *expected, int count, int64_t patience);
 /* Whether there is anything to read of those. */
 int answers_there(const Expected *expected, int count);
-void request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index, const float *weights,
+void splitinfer_request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index, const float *weights,
                   int64_t places);
 void answer_send(Answer *answer, int64_t nanoseconds);
 

@@ -162,13 +162,13 @@ int splitinfer_mlp_close(void *begun, Expected *expected, int count, int64_t pat
     float *scratch = team_memory(2 * n + rows * n);
     if (!scratch) return 0;
     int left = 1, over = 0;
-    while (left > 0 && until(run, answered, &answers)) left = answers_read(expected, count, 0);
+    while (left > 0 && until(run, answered, &answers)) left = splitinfer_answers_read(expected, count, 0);
     if (left >= 0) {
         splitinfer_mlp_end(begun);
         over = 1;
         *ended = nanoseconds();
         for (int64_t now = *ended, end = now + patience; left > 0 && now < end; now = nanoseconds())
-            left = answers_read(expected, count, end - now);
+            left = splitinfer_answers_read(expected, count, end - now);
         if (!left) combine.moe = experts_sum(&answers, rows, n, combine.bfloat16, scratch + 2 * n);
         for (int64_t r = 0; combine.moe && r < rows; r++) combine_row(&combine, r, scratch);
     }
