@@ -228,7 +228,14 @@ class RemoteExperts:
         self._avoided, self._avoided_until = nodes, perf_counter() + AVOID_FOR
         self._owners = {layer: Owner(self._owner(layer)) for layer in self.placement.holders}
         self._ready = ReadyCalls(
-            EXPERT_CALL, self._owners, self._channels, self._exact, self._timeout, self._collect, self._waits
+            EXPERT_CALL,
+            self._owners,
+            self.placement.addresses,
+            self._channels,
+            self._exact,
+            self._timeout,
+            self._collect,
+            self._waits,
         )
 
     def _owner(self, layer: int, span: Columns | None = None) -> npt.NDArray[np.int16]:

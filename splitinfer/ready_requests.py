@@ -27,7 +27,7 @@ Collect = Callable[[int, Rows, list[ExpertCall], float, "Timeline | None"], Awai
 ALIGNMENT = 64  # of tensors on the wire
 PATIENCE = 5e-3  # seconds: longer waits leave the event loop to others
 _WORTH_FROM, _MOST = 2, 3  # as in transport.polling
-_VAIN = -30  # after a wait in vain: about a token's layers pass before the next
+_VAIN, _MOST_VAIN = 30, 4096  # waits after one in vain before the next like it: twice as many each time
 
 
 class Waits:
@@ -37,6 +37,7 @@ class Waits:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._short = 0
+        self._vain = _VAIN
 
     @property
     def patience(self) -> int:
@@ -46,12 +47,19 @@ class Waits:
     def note(self, waited: float, compute: float) -> None:
         """An answer was waited for so long when all else was done."""
         self.seconds += compute
-        self._short = min(_MOST, self._short + 1) if waited <= PATIENCE else max(_VAIN, self._short - 1)
+        if waited <= PATIENCE:
+            self._short = min(_MOST, self._short + 1)
+        elif self._short > 0:
+            self._short -= 1
 
     def in_vain(self) -> None:
         """Patience was over before the answer came; it may need the very event loop that was kept waiting."""
         if self.patience:
-            self._short = _VAIN
+            self._short, self._vain = -self._vain, min(2 * self._vain, _MOST_VAIN)
+
+    def worth_it(self) -> None:
+        """It was not over."""
+        self._vain = _VAIN
 
 
 class Shape(NamedTuple):
@@ -66,9 +74,9 @@ class Shape(NamedTuple):
 class ReadyRequests:
     """Those of one layer for one shape. Satisfies `model.experts.Outgoing`.
 
-    `owner` says which of the `nodes` is asked for which expert, `out` the dtype of the answers, `timeout` in
-    seconds how long they may take. `collect(rows, calls, start, timeline)` makes the sum of what was sent;
-    `waits` remembers how long that took. `following` are those of the next layer.
+    `owner` says which of the nodes, `names` and `channels`, is asked for which expert, `out` the dtype of the
+    answers, `timeout` in seconds how long they may take. `collect(layer, rows, calls, start, timeline)` makes
+    the sum of what was sent; `waits` remembers how long that took. `following` are those of the next layer.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class ReadyRequests:
         layer: int,
         shape: Shape,
         owner: Owner,
+        names: Sequence[str],
         channels: Sequence[transport.Channel],
         out: str,
         timeout: float,
@@ -85,7 +94,7 @@ class ReadyRequests:
     ) -> None:
         rows, hidden, dtype, k = shape
         specs = [(dtype, (rows, hidden)), ("int16", (rows, k)), ("float32", (rows, k))]
-        self._layer = layer
+        self._layer, self._names = layer, names
         self.following: ReadyRequests | None = None
         self._nodes = (
             [owner.sole] if owner.sole is not None else sorted({*owner.table.ravel().tolist()} - {-1})
@@ -106,7 +115,8 @@ class ReadyRequests:
             if summed and len(self._nodes) <= MOST_ANSWERS
         ]
         self._expected = (Expected * len(self._answers))(*map(_expected, self._answers))
-        self._rooms: list[memoryview | None] = [None] * len(self._answers)
+        for node, awaited in zip(self._nodes, self._expected, strict=False):
+            awaited.awake = int(channels[node].config.busy_poll * 1e9)
         self._start = 0.0
 
     def stamp(self) -> bool:
@@ -150,9 +160,7 @@ class ReadyRequests:
         room = self._channels[place].room(expected.nbytes) if frame.sent == frame.nbytes else None
         if room is None:
             return False
-        if room is not self._rooms[place]:
-            self._rooms[place] = room
-            expected.room, expected.size = address_of(room), room.nbytes
+        expected.room, expected.size = address_of(room), room.nbytes
         return True
 
     @property
@@ -164,14 +172,17 @@ class ReadyRequests:
 
     def answered(self, start: float, timeline: Timeline | None) -> float:
         compute, end = 0.0, start
-        for channel, request, expected in zip(self._channels, self.requests, self._expected, strict=True):
+        for place, expected in enumerate(self._expected):
+            request, channel = self.requests[place], self._channels[place]
+            name = self._names[self._nodes[place]]
             if request.needed:
                 channel.settle(request.frame.sent, expected.received)
                 seconds, seen = expected.took / 1e6, expected.seen / 1e9
                 compute, end = max(compute, seconds), max(end, seen)
                 if timeline is not None:
-                    timeline.add_remote(self._layer, channel.address, self._start, seen, seconds)
+                    timeline.add_remote(self._layer, name, self._start, seen, seconds)
         self._waits.note(end - start, compute)
+        self._waits.worth_it()
         if timeline is not None:
             split = max(start, end - compute)
             timeline.add("network", self._layer, start, split)
@@ -204,14 +215,16 @@ class ReadyCalls:
         self,
         method: str,
         owners: Mapping[int, Owner],
+        names: Sequence[str],
         channels: Sequence[transport.Channel],
         exact: bool,
         timeout: float,
         collect: Collect,
         waits: Waits,
     ) -> None:
-        self._method, self._owners, self._channels, self._exact = method, owners, channels, exact
-        self._timeout, self._collect, self._waits = timeout, collect, waits
+        self._method, self._owners, self._exact = method, owners, exact
+        self._names, self._channels, self._timeout = names, channels, timeout
+        self._collect, self._waits = collect, waits
         # By layer, shape and dtype of x; False where such calls cannot lie ready.
         self._known: dict[Any, ReadyRequests | Literal[False]] = {}
 
@@ -236,7 +249,16 @@ class ReadyCalls:
             return False
         shape = Shape(rows, x.shape[1], dtype, k)
         return ReadyRequests(
-            self._method, layer, shape, owner, self._channels, out, self._timeout, self._collect, self._waits
+            self._method,
+            layer,
+            shape,
+            owner,
+            self._names,
+            self._channels,
+            out,
+            self._timeout,
+            self._collect,
+            self._waits,
         )
 
 

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from splitinfer.errors import RemoteError
 from splitinfer.expert_call import ExpertCalls
 from splitinfer.model.native import kernels
 from splitinfer.ready_requests import PATIENCE, ReadyRequests, Waits
+from splitinfer.transport.polling import Polling
 from splitinfer.transport.server import _Peer
 from tests.checkpoints import tiny_config, write_checkpoint
 from tests.test_split import PLACEMENTS, PROMPT, Part, addresses, running
@@ -204,7 +206,22 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport.protocol.Connection, "post_answer", posts)
 
 
-@pytest.mark.parametrize("otherwise", [never_ready, with_a_ping, in_pieces])
+def late_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers as an ordinary handler does, and every third time later than anybody waits within a layer."""
+    never_ready(monkeypatch)
+    answer, count = ExpertNode._answer, itertools.count()
+
+    def answers(self: ExpertNode, call: transport.Call) -> Any:
+        async def later() -> Any:
+            await asyncio.sleep(1.2 * PATIENCE)
+            return answer(self, call)
+
+        return answer(self, call) if next(count) % 3 else later()
+
+    monkeypatch.setattr(ExpertNode, "_answer", answers)
+
+
+@pytest.mark.parametrize("otherwise", [never_ready, with_a_ping, in_pieces, late_now_and_then])
 def test_an_answer_that_comes_otherwise_is_taken_as_before(
     checkpoint: Path,
     expected: tuple[int, ...],
@@ -214,9 +231,14 @@ def test_an_answer_that_comes_otherwise_is_taken_as_before(
 ) -> None:
     otherwise(monkeypatch)
     with apart(checkpoint, PLACEMENTS["1 node"]) as on:
-        assert generate(checkpoint, on.addresses).token_ids == expected
-    assert ways["post"] > 0
+        for _ in range(3):
+            found = generate(checkpoint, on.addresses)
+            assert found.token_ids == expected
+            assert found.usage.calls == TOKENS * LAYERS
+        assert sum(node.calls for node in on.nodes) == 3 * TOKENS * LAYERS  # none was lost and asked again
     assert (ways["answered"] > 0) == (otherwise is in_pieces)
+    if otherwise is in_pieces:
+        assert ways["answered"] > ways["post"]
 
 
 def test_an_error_is_raised(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,9 +329,32 @@ def test_patience_is_for_short_waits() -> None:
     waits.note(PATIENCE * 2, 0.0)
     waits.note(PATIENCE * 2, 0.0)
     assert waits.patience == 0
-    for _ in range(4):
+    for pause in (30, 60, 120):  # each wait in vain puts the next one off
+        for _ in range(3):
+            waits.note(0.0, 0.0)
+        assert waits.patience
+        waits.in_vain()
+        for _ in range(pause + 1):
+            waits.note(0.0, 0.0)
+            assert waits.patience == 0
         waits.note(0.0, 0.0)
+    waits.worth_it()
+    assert waits.patience
     waits.in_vain()
-    for _ in range(30):
+    for _ in range(32):
         waits.note(0.0, 0.0)
-        assert waits.patience == 0
+    assert waits.patience
+
+
+def test_a_ready_answer_keeps_a_node_awake(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = Counter[str]()
+    begin = Polling.begin
+
+    def counted(self: Polling) -> None:
+        begun[threading.current_thread().name] += 1
+        begin(self)
+
+    monkeypatch.setattr(Polling, "begin", counted)
+    with apart(checkpoint, PLACEMENTS["1 node"]) as on:
+        calls = generate(checkpoint, on.addresses).usage.calls
+    assert sum(n for name, n in begun.items() if name != threading.current_thread().name) >= calls

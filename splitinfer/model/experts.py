@@ -6,7 +6,7 @@ Shape letters: H hidden_size, I moe_intermediate_size, K top_k_experts.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Awaitable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from ctypes import Array
 from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
 
@@ -32,6 +32,7 @@ __all__ = [
     "Experts",
     "LocalExperts",
     "Outgoing",
+    "Prepare",
     "Preparing",
     "Where",
     "expert_ids",
@@ -71,7 +72,7 @@ class Outgoing(Protocol):
         ...
 
     def missed(self) -> None:
-        """They did not come in this time."""
+        """They did not come in the time that patience has."""
         ...
 
     def answered(self, start: float, timeline: Timeline | None) -> float:
@@ -94,6 +95,9 @@ class Preparing(Protocol):
         """The calls for rows like x [rows, H], each with k experts. `post`, or nothing, has to come before
         anything is awaited. None where they have to be dispatched."""
         ...
+
+
+Prepare: TypeAlias = Callable[[int, Tensor, int], Outgoing | None]  # `Preparing.outgoing`
 
 
 class Experts(Protocol):

@@ -125,10 +125,10 @@ class Gemma:
     ) -> Tensor:
         """Final hidden states [rows, H] of all segments' rows, in order; every cache grows by its rows.
 
-        With a `front` it stays behind the step before it, which may still be under way. While it is `alone`
-        nothing else wants the event loop, and it may wait for answers without giving that a turn. A failed
-        or cancelled call takes its rows back from the caches. Raises UsageError for no rows, for a token id
-        outside the vocabulary and for a sequence beyond the context.
+        With a `front` it stays behind the step before it, which may still be under way. While it is `alone`,
+        with no other step to alternate with, it may wait for answers without giving the event loop a turn,
+        for some 20 ms at a time. A failed or cancelled call takes its rows back from the caches. Raises
+        UsageError for no rows, for a token id outside the vocabulary and for a sequence beyond the context.
         """
         token_ids = self._token_ids(segments)
         rows = len(token_ids)
@@ -168,33 +168,29 @@ class Gemma:
             return x
         if runs_inline(rows, layer.route) and runs_inline(rows, layer.dense):
             prepare = getattr(self.experts, "outgoing", None)  # see `model.experts.Preparing`
-            outgoing = None if prepare is None else prepare(layer.index, x, self.config.top_k_experts)
-            to = run(layer.route, x, step, self.experts.where(layer.index), outgoing)
+            to = run(layer.route, x, step, self.experts.where(layer.index), prepare)
         else:
             to = await compute(rows, layer.route, x, step)
-        begun, dense = to.dense, None
         try:
             assert to.expert_input is not None
             assert to.chosen is not None
             step.leave(layer.index)
             if to.sent is not None:
-                closed, dense = layer.close(to, step)
+                closed = layer.close(to, step)
                 if closed is not None:
                     return closed
-                if dense is not None:
-                    begun = None
                 routed = to.sent.post(to.expert_input, *to.chosen, step.timeline)
             else:
                 routed = self.experts.dispatch(layer.index, to.expert_input, *to.chosen, step.timeline)
         except BaseException:
-            if begun is not None:
-                layer.end_dense(begun, step)
+            if to.dense is not None:
+                layer.end_dense(to.dense, step)
             raise
         try:
-            if begun is not None:
+            if to.dense is not None:
                 answer = cast(Arriving, routed) if hasattr(routed, "look") else None
-                dense = layer.end_dense(begun, step, answer)
-            elif dense is None:
+                dense = layer.end_dense(to.dense, step, answer)
+            else:
                 dense = await compute(rows, layer.dense, to.dense_input, step)
         except BaseException:
             cancel = getattr(routed, "cancel", None)
@@ -202,7 +198,6 @@ class Gemma:
                 cancel()
             raise
         moe = await routed
-        assert dense is not None
         return await compute(rows, layer.combine, to.residual, dense, moe, step)
 
     def _norm(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from splitinfer.model.attention_kernel import AttentionKernel
 from splitinfer.model.cache import KVCache, Place
 from splitinfer.model.compute import took
 from splitinfer.model.config import ModelConfig
-from splitinfer.model.experts import Arriving, Outgoing, Where
+from splitinfer.model.experts import Arriving, Outgoing, Prepare, Where
 from splitinfer.model.front import Front
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
@@ -69,7 +69,7 @@ class Step(NamedTuple):
     staging: Staging
     timeline: Timeline | None
     front: Front | None
-    alone: bool  # whether nothing else is under way that waits for the event loop
+    alone: bool  # see `Gemma.forward`
 
     def leave(self, layer: int) -> None:
         """The keys and values of `layer` are in the cache."""
@@ -221,18 +221,19 @@ class DecoderLayer:
                 self.mlp,
             )
 
-    def route(
-        self, x: Tensor, step: Step, beside: Where = "here", outgoing: Outgoing | None = None
-    ) -> Routed:
+    def route(self, x: Tensor, step: Step, beside: Where = "here", prepare: Prepare | None = None) -> Routed:
         """Attention, the choice of experts, and the inputs of both branches.
 
         With experts elsewhere the dense branch begins where it can: then `end_dense` has to follow, whatever
-        happens, on the same thread. `outgoing` calls may be on their way then, too.
+        happens, on the same thread. What `prepare` gives (see `Preparing.outgoing`) may be on its way, too.
         The reference has three norms here that differ only in their weights.
         """
         start = perf_counter()
         places = self._places(x, step) if self.kernel is not None else None
+        outgoing: Outgoing | None = None
         if self.kernel is not None and places is not None:
+            if prepare is not None and self.routing is not None:
+                outgoing = prepare(self.index, x, self.routing.top_k)
             x, dense_input, expert_input, chosen, begun = self.kernel(
                 x,
                 step.rotations[self.attention.kind],
@@ -242,7 +243,6 @@ class DecoderLayer:
                 requests=None if outgoing is None else outgoing.requests,
             )
         else:
-            outgoing = None
             x, dense_input, expert_input, chosen, begun = self.ops.attention_out(
                 self.attention(x, step),
                 self.attention.output,
@@ -299,32 +299,31 @@ class DecoderLayer:
         took(self.dense, before + step.record("dense", self.index, start) - start)
         return x
 
-    def close(self, to: Routed, step: Step) -> tuple[Tensor | None, Tensor | None]:
-        """`end_dense` and `combine` in one, where the answers to what was sent come soon enough.
-
-        The layer's result then; None where they do not, and `combine` has to follow: after `end_dense`, or of
-        the second result, where that is given.
-        """
+    def close(self, to: Routed, step: Step) -> Tensor | None:
+        """The layer's result, where the answers to what was sent come soon enough: `end_dense` and `combine`
+        in one. None where they do not, and both have to follow."""
         sent, begun = to.sent, to.dense
         expected = sent.expected() if sent is not None and begun is not None and step.alone else None
         if expected is None or sent is None or begun is None or self.expert_out_scale is None:
-            return None, None
+            return None
         start = perf_counter()
         scales = self.expert_out_scale, self.post_feedforward_scale
-        x, ended = self.ops.close_mlp(
+        x, ended, in_vain = self.ops.close_mlp(
             begun, expected, sent.patience, to.residual, *scales, self.eps, self.scalar
         )
         if not ended:
             step.record("dense", self.index, start)
-            return None, None
+            return None
         if step.timeline is not None:
             step.timeline.add("dense", self.index, start, ended)
         took(self.dense, ended - start)
         if x is None:
-            sent.missed()
-            return None, begun.out
+            step.record("network", self.index, ended)
+            if in_vain:
+                sent.missed()
+            return None
         step.record("combine", self.index, sent.answered(ended, step.timeline))
-        return x, None
+        return x
 
     def combine(self, residual: Tensor, dense: Tensor, moe: Tensor | None, step: Step) -> Tensor:
         start = perf_counter()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, Expected, is_bfloat16, kernels, no_memory
-from splitinfer.model.rows import Begun, Dense, Routing, TorchRows
+from splitinfer.model.rows import Begun, Closed, Dense, Routing, TorchRows
 
 __all__ = ["RowKernels", "address", "done", "row_kernels", "row_ops", "struct_of"]
 
@@ -263,10 +263,12 @@ class RowKernels(TorchRows):
         return out
 
     def mlp_until(self, begun: Begun, file: int) -> bool:
-        return bool(self._mlp_until(begun.handle, file))
+        return bool(begun.handle and self._mlp_until(begun.handle, file))
 
     def end_mlp(self, begun: Begun) -> Tensor:
-        self._mlp_end(begun.handle)
+        handle, begun.handle = begun.handle, 0
+        if handle:
+            self._mlp_end(handle)
         return begun.out
 
     def close_mlp(
@@ -279,16 +281,18 @@ class RowKernels(TorchRows):
         weight: Tensor,
         eps: float,
         scalar: float,
-    ) -> tuple[Tensor | None, float]:
+    ) -> Closed:
         out, ended = torch.empty_like(x), ctypes.c_int64()
         state = self._mlp_close(
             begun.handle, ctypes.addressof(expected), len(expected), patience, ctypes.addressof(ended),
             x.data_ptr(), moe_weight.data_ptr(), weight.data_ptr(), eps, scalar, out.data_ptr(),
         )  # fmt: skip
-        return out if state == _CLOSED else None, ended.value / 1e9
+        if state != _BEGUN:
+            begun.handle = 0
+        return Closed(out if state == _CLOSED else None, ended.value / 1e9, state == _OVER)
 
 
-_CLOSED = 2  # of `splitinfer_mlp_close`
+_BEGUN, _OVER, _CLOSED = 0, 1, 2  # of `splitinfer_mlp_close`
 
 
 class _Mlp(ctypes.Structure):

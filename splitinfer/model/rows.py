@@ -16,7 +16,7 @@ from torch import Tensor
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import Expected
 
-__all__ = ["Begun", "Dense", "Routing", "TorchRows"]
+__all__ = ["Begun", "Closed", "Dense", "Routing", "TorchRows"]
 
 
 class Routing(NamedTuple):
@@ -43,12 +43,25 @@ class Dense:
         self.struct: Any = None
 
 
-class Begun(NamedTuple):
-    """A dense network under way: the kernels' handle of it, and the memory that they read and write."""
+class Begun:
+    """A dense network under way: the kernels' handle of it, 0 once it has ended, and the memory that they
+    read and write."""
 
-    handle: int
-    x: Tensor
-    out: Tensor
+    __slots__ = ("handle", "out", "x")
+
+    def __init__(self, handle: int, x: Tensor, out: Tensor) -> None:
+        self.handle = handle
+        self.x = x
+        self.out = out
+
+
+class Closed(NamedTuple):
+    """What came of `close_mlp`: the layer's result, None where there is none; when the dense network ended,
+    by `perf_counter`, 0.0 if it has not; whether answers were waited for in vain."""
+
+    x: Tensor | None
+    ended: float
+    in_vain: bool
 
 
 class TorchRows:
@@ -177,7 +190,7 @@ class TorchRows:
         raise NotImplementedError
 
     def end_mlp(self, begun: Begun) -> Tensor:
-        """The result of what `attention_out` has begun."""
+        """The result of what `attention_out` has begun, ended if it has not."""
         raise NotImplementedError
 
     def close_mlp(
@@ -190,10 +203,7 @@ class TorchRows:
         weight: Tensor,
         eps: float,
         scalar: float,
-    ) -> tuple[Tensor | None, float]:
+    ) -> Closed:
         """`end_mlp`, and `combine` with it, where the `expected` answers, the experts' sum, come meanwhile or
-        so many nanoseconds after it; and when it ended, by `perf_counter`.
-
-        None where they do not come, and 0.0 where it has not ended, because something else came.
-        """
+        so many nanoseconds after it."""
         raise NotImplementedError

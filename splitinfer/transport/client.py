@@ -107,6 +107,8 @@ class Channel:
         session = self._session
         if session is None or session.link.closed or parcel.owner is not session.connection:
             return None
+        if session.connection.draining:
+            return None
         return session.link.direct
 
     def room(self, nbytes: int) -> memoryview | None:

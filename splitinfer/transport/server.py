@@ -323,12 +323,17 @@ class _Peer:
 
     def _answer(self, id: int, answer: Any, deadline: float) -> None:
         """What a handler gave: an answer, or something that will become one."""
+        kind = type(answer)
+        if (
+            kind is not Posted
+            and kind is not Reply
+            and (kind is CoroutineType or asyncio.iscoroutine(answer))
+        ):
+            answer = eager.start(answer, self._loop)
         if type(answer) is Posted:
             self.connection.post_answer(id, answer.parcel, answer.sent)
-            return
-        if type(answer) is not Reply and (type(answer) is CoroutineType or asyncio.iscoroutine(answer)):
-            answer = eager.start(answer, self._loop)
-        if type(answer) is Reply:
+            self.link.flush()
+        elif type(answer) is Reply:
             self.connection.reply(id, answer.tensors, answer.meta)
         elif type(answer) is list:
             self.connection.reply(id, answer, {})

@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import Sequence
 from contextlib import suppress
+from time import monotonic
 from typing import Any, Final, Protocol
 
 from splitinfer.errors import (
@@ -35,7 +36,7 @@ __all__ = ["Link", "Owner"]
 _WRITE_NBYTES: Final = CHUNK_NBYTES
 _READS_PER_EVENT: Final = 4  # then the other connections have their turn
 _LOOKS_PER_TURN: Final = 4
-_SKIPS_PER_TURN: Final = 16  # layers, say, of 5 ms
+_TURN_SECONDS: Final = 0.02  # for so long whoever reads on his own keeps the loop from others
 _MAX_PIECES: Final = 512  # the kernel takes 1024 at once (IOV_MAX)
 
 
@@ -86,7 +87,8 @@ class Link:
         self._writing = self._paused = False
         self._pauses = connection.role == "server"
         self._untold = 0  # messages that were read and are still to be passed on
-        self._looks = self._skips = 0  # since the loop told of bytes here
+        self._looks = 0  # since the loop told of bytes here
+        self._turned = 0.0  # when it last did
         self._idle: asyncio.Future[None] | None = None
         loop.add_reader(self.file, self._event)
         self._timer = loop.call_later(TICK_SECONDS, self._tick)
@@ -108,14 +110,14 @@ class Link:
         inbox = self._inbox
         if self.closed or self._paused or self._untold or self._tls is not None or inbox.unfinished:
             return None
-        if self._skips >= _SKIPS_PER_TURN or len(self._buffer) < nbytes:
-            return None
-        return self._buffer
+        if monotonic() - self._turned > _TURN_SECONDS:
+            return None  # others have their turn
+        self._buffer = inbox.buffer()
+        return self._buffer if len(self._buffer) >= nbytes else None
 
     def skipped(self, nbytes: int) -> None:
         """So many bytes were read into `room`, and done with: the next ones may go there too."""
         self._inbox.nbytes += nbytes
-        self._skips += 1
 
     def look(self) -> None:
         """Read what has come already, without waiting for the loop to tell of it.
@@ -188,7 +190,7 @@ class Link:
             self._loop.call_soon(self._read_rest)
 
     def _event(self) -> None:
-        self._looks = self._skips = 0
+        self._looks, self._turned = 0, monotonic()
         self._readable()
 
     def received(self, nbytes: int) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from splitinfer import transport
 from splitinfer.errors import ConnectionLost, LimitExceeded, LocalProtocolError
-from splitinfer.transport import NUMBER, PARCEL_NBYTES, Limits, Parcel, Posted, Reply
+from splitinfer.transport import NUMBER, PARCEL_NBYTES, Limits, Parcel, Posted, Reply, sockets
 from splitinfer.transport.codec import TensorCodec
 from splitinfer.transport.compression import MIN_NBYTES
 from splitinfer.transport.frames import REPLY
@@ -243,9 +243,12 @@ def test_a_parcel_of_a_connection_that_ended_is_stamped_anew() -> None:
     run(work())
 
 
-def test_whoever_waits_may_read_the_answer() -> None:
+def test_whoever_waits_may_read_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "_TURN_SECONDS", 60.0)
+
     async def work() -> None:
         async with Exchange() as on:
+            await on.ask([1, 2, 3])
             first = on.channel.stats
             for n in range(3):
                 sent = on.send([n, 0, 0])
@@ -257,28 +260,62 @@ def test_whoever_waits_may_read_the_answer() -> None:
                     answering = on.channel.post(on.parcel, sent, len(answer), timeout=10.0)
                     assert (await answering).tensors[0].numpy().tolist() == [4, 0, 0]
             stats = on.channel.stats
-            assert stats.calls == 3
+            assert stats.calls - first.calls == 3
             assert stats.sent_nbytes - first.sent_nbytes == 3 * len(on.parcel.frame)
             assert stats.received_nbytes - first.received_nbytes == 3 * len(answer)
 
     run(work())
 
 
-def test_there_is_no_room_for_ever_nor_in_the_middle_of_a_message() -> None:
+def test_there_is_no_room_for_ever_nor_in_the_middle_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         async with Exchange() as on:
-            assert on.channel.room(1 << 20) is None
-            for _ in range(16):
-                assert on.channel.room(64) is not None
-                on.channel.settle(0, 0)
-            assert on.channel.room(64) is None  # others have their turn
             await on.ask([1, 2, 3])
+            assert on.channel.room(1 << 20) is None
             assert on.channel.room(64) is not None
             sent = on.send([1, 0, 0])
             answer = await on.answered()
             answering = on.channel.post(on.parcel, sent, len(answer) - 10, timeout=10.0)
             assert on.channel.room(64) is None
             answering.cancel()
+        async with Exchange() as on:
+            monkeypatch.setattr(sockets, "_TURN_SECONDS", -1.0)
+            assert on.channel.room(64) is None  # others have their turn
+
+    monkeypatch.setattr(sockets, "_TURN_SECONDS", 60.0)
+    run(work())
+
+
+@pytest.mark.parametrize("coroutine", [False, True])
+def test_any_handler_may_answer_with_a_parcel(coroutine: bool) -> None:
+    async def doubled(call: transport.Call) -> Posted:
+        await asyncio.sleep(0)
+        return double(call)
+
+    async def work() -> None:
+        server = await transport.serve({"double": doubled if coroutine else double}, "127.0.0.1:0")
+        channel = await transport.connect(server.address)
+        for n in range(3):
+            reply = await channel.call("double", [np.full(3, n, np.float32)])
+            assert reply.tensors[0].numpy().tolist() == [2 * n] * 3
+        await channel.close()
+        await server.close()
+
+    run(work())
+
+
+def test_the_next_answer_goes_behind_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a task that goes on within the very read that brought the last one."""
+    monkeypatch.setattr(sockets, "_TURN_SECONDS", 60.0)
+
+    async def work() -> None:
+        async with Exchange() as on:
+            for _ in range(3):
+                reply = await on.ask([1, 2, 3])
+                room = on.channel.room(64)
+                assert room is not None
+                start, last = np.frombuffer(room, np.uint8).ctypes.data, reply.tensors[0].numpy().ctypes.data
+                assert not start <= last < start + room.nbytes
 
     run(work())
 

@@ -66,7 +66,16 @@ SOURCES = (
 )
 HEADERS = ("team.h", "vectors.h", "products.h", "widen.h", "rows.h", "mlp.h", "frames.h")
 # No contraction: the only fused operations are the written ones, so that every tile rounds alike.
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-pthread", "-fPIC", "-shared")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=gnu11",
+    "-ffp-contract=off",
+    "-pthread",
+    "-fPIC",
+    "-shared",
+    "-Wl,-Bsymbolic",
+)
 BUILD_TIMEOUT = 120.0  # seconds; it takes about five
 FORMAT_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # the enum in products.h
 DTYPES = (torch.float32, torch.bfloat16)
@@ -127,7 +136,7 @@ class Expected(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("file", ctypes.c_int32),
         ("received", ctypes.c_int32),
-        *((name, ctypes.c_int64) for name in ("took", "seen")),
+        *((name, ctypes.c_int64) for name in ("awake", "took", "seen")),
     )
 
 

@@ -9,9 +9,9 @@
 #include <string.h>
 #include <sys/socket.h>
 
-/* In nanoseconds: for how long a wait is spent looking, and what somebody who takes the core that is offered keeps it at
-   least; so many times as long as he does nobody looks then. */
-enum { AWAKE = 500000, TAKEN = 30000, RESTS = 50 };
+/* What somebody who takes the core that is offered keeps it at least, in nanoseconds; so many times as long as he does
+   nobody looks then. As in transport/polling.py. */
+enum { TAKEN = 30000, RESTS = 50 };
 
 static void frame_send(Frame *frame) {
     ssize_t sent = frame->file < 0 ? 0 : send(frame->file, frame->bytes, (size_t)frame->nbytes, MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -35,17 +35,22 @@ void splitinfer_request_send(Request *request, const void *x, int64_t nbytes, co
     frame_send(&request->frame);
 }
 
-/* Returns whether it is what was expected, and nothing besides. */
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Reads on; returns whether that was no more than a part of what is expected. A row may come in pieces. */
 static int answer_read(Expected *e) {
-    const ssize_t received = recv(e->file, e->room, (size_t)e->size, MSG_DONTWAIT);
-    e->received = received > 0 ? (int32_t)received : 0;
+    const ssize_t received = recv(e->file, e->room + e->received, (size_t)(e->size - e->received), MSG_DONTWAIT);
+    if (received <= 0) return 0;
+    e->received += (int32_t)received;
     const uint8_t *number = e->room + e->number;
-    const int64_t after = e->number + 4;
-    if (e->received != e->nbytes || memcmp(e->room, e->pattern, (size_t)e->number) ||
-        memcmp(e->room + after, e->pattern + after, (size_t)(e->body - after)))
+    const int64_t after = e->number + 4, rest = smaller(e->received, e->body) - after;
+    if (e->received > e->nbytes || memcmp(e->room, e->pattern, (size_t)smaller(e->received, e->number)) ||
+        (rest > 0 && memcmp(e->room + after, e->pattern + after, (size_t)rest)))
         return 0;
-    e->took = (int64_t)number[0] << 24 | number[1] << 16 | number[2] << 8 | number[3];
-    e->seen = nanoseconds();
+    if (e->received == e->nbytes) {
+        e->took = (int64_t)number[0] << 24 | number[1] << 16 | number[2] << 8 | number[3];
+        e->seen = nanoseconds();
+    }
     return 1;
 }
 
@@ -53,7 +58,7 @@ static int answer_read(Expected *e) {
 static int missing(const Expected *expected, int count, struct pollfd *files) {
     int n = 0;
     for (int i = 0; i < count; i++) {
-        const int wanted = expected[i].file >= 0 && !expected[i].received;
+        const int wanted = expected[i].file >= 0 && expected[i].received < expected[i].nbytes;
         files[i] = (struct pollfd){.fd = wanted ? expected[i].file : -1, .events = POLLIN};
         n += wanted;
     }
@@ -83,22 +88,25 @@ int splitinfer_answers_read(Expected *expected, int count, int64_t patience) {
     struct pollfd files[MOST_ANSWERS];
     int left = missing(expected, count, files);
     const int64_t start = nanoseconds(), end = start + patience;
+    int64_t awake = patience;
+    for (int i = 0; i < count; i++)
+        if (files[i].fd >= 0) awake = smaller(awake, expected[i].awake);
     if (!left) return 0;
-    if (!look(files, count, patience < AWAKE ? end : start + AWAKE)) {
+    if (!look(files, count, start + awake)) {
         const int64_t rest = end - nanoseconds();
         const struct timespec most = {rest > 0 ? rest / 1000000000 : 0, rest > 0 ? rest % 1000000000 : 0};
         if (ppoll(files, (nfds_t)count, &most, NULL) <= 0) return left;
     }
-    for (int i = 0; i < count; i++)
-        if (files[i].revents) {
-            if (!answer_read(expected + i)) return -1;
-            left--;
-        }
+    for (int i = 0; i < count; i++) {
+        if (files[i].fd < 0 || !files[i].revents) continue;
+        if (!answer_read(expected + i)) return SOMETHING_ELSE;
+        left -= expected[i].received == expected[i].nbytes;
+    }
     return left;
 }
 
-void answer_send(Answer *answer, int64_t nanoseconds) {
-    const uint32_t took = nanoseconds / 1000 < UINT32_MAX ? (uint32_t)(nanoseconds / 1000) : UINT32_MAX;
+void answer_send(Answer *answer, int64_t duration) {
+    const uint32_t took = duration / 1000 < UINT32_MAX ? (uint32_t)(duration / 1000) : UINT32_MAX;
     for (int i = 0; i < 4; i++) answer->took[i] = (uint8_t)(took >> (24 - 8 * i));
     frame_send(&answer->frame);
 }

@@ -150,9 +150,12 @@ static const void *experts_sum(const Answers *a, int64_t rows, int64_t n, int bf
     return a->count == 1 ? (const void *)parts[0] : splitinfer_sum(parts, held, rows, n, room, bfloat16, 1) ? NULL : room;
 }
 
+enum { BEGUN, OVER, CLOSED, INTERRUPTED };
+
 /* By the thread that began it, where answers, at most MOST_ANSWERS, are all that is missing: ends it, and makes
    `splitinfer_combine` of x and both, if they come as expected while it runs or so many nanoseconds after; `ended` is
-   when it had. Returns 2 then; 1 if it has ended and they have not all come; 0 if it has not. */
+   when it had. Returns CLOSED then; OVER if it has ended and they have not all come in time; BEGUN if it has not, and
+   INTERRUPTED if it has, because something else came. */
 int splitinfer_mlp_close(void *begun, Expected *expected, int count, int64_t patience, int64_t *ended, const void *x,
                          const float *moe_weight, const float *weight, float eps, float scalar, void *out) {
     Run *run = begun;
@@ -160,18 +163,18 @@ int splitinfer_mlp_close(void *begun, Expected *expected, int count, int64_t pat
     const int64_t rows = run->down.rows, n = run->mlp.down->n;
     Combine combine = {x, run->out, 0, run->bfloat16, n, moe_weight, weight, eps, scalar, out};
     float *scratch = team_memory(2 * n + rows * n);
-    if (!scratch) return 0;
-    int left = 1, over = 0;
+    if (!scratch) return BEGUN;
+    int left = 1, state = BEGUN;
     while (left > 0 && until(run, answered, &answers)) left = splitinfer_answers_read(expected, count, 0);
-    if (left >= 0) {
+    if (left != SOMETHING_ELSE) {
         splitinfer_mlp_end(begun);
-        over = 1;
         *ended = nanoseconds();
         for (int64_t now = *ended, end = now + patience; left > 0 && now < end; now = nanoseconds())
             left = splitinfer_answers_read(expected, count, end - now);
         if (!left) combine.moe = experts_sum(&answers, rows, n, combine.bfloat16, scratch + 2 * n);
         for (int64_t r = 0; combine.moe && r < rows; r++) combine_row(&combine, r, scratch);
+        state = combine.moe ? CLOSED : left > 0 ? OVER : INTERRUPTED;
     }
     free(scratch);
-    return combine.moe ? 2 : over;
+    return state;
 }
