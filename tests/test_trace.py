@@ -52,6 +52,8 @@ def test_a_run_over_two_nodes(tmp_path: Path) -> None:
     phases = ("attention", "dispatch", "dense", "network", "experts", "combine")
     for phase in phases:
         layers = [e["args"]["layer"] for e in shown if e["pid"] == pids["client"] and e["name"] == phase]
+        if phase == "network":  # what is waited for in vain, in the nodes' own loop, is in a span of its own
+            layers = layers[:1] + [b for a, b in itertools.pairwise(layers) if a != b]
         per_layer = 2 if phase == "combine" else 1  # the nodes' answers, and these with the dense network's
         assert sorted(layers) == sorted([0, 1, 2, 3] * 5 * per_layer)
     assert sum(e["name"] == "head" for e in shown) == 5
