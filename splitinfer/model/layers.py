@@ -282,6 +282,8 @@ class DecoderLayer:
     def end_dense(self, begun: Begun, step: Step, answer: Arriving | None = None) -> Tensor:
         """`dense`, which has begun: the rest of it. An `answer` that comes meanwhile is taken while the other
         threads go on."""
+        if not begun.handle:
+            return begun.out  # `close` has ended it
         start, before = perf_counter(), 0.0
         file = -1 if answer is None else answer.file
         try:
