@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from splitinfer.model.front import Front
 from splitinfer.model.layers import LOOKS, DecoderLayer, Step, Weights
 from splitinfer.model.quantize import QuantConfig
+from splitinfer.model.rows import Begun
 from splitinfer.model.staging import Staging
 from splitinfer.model.weights import Checkpoint
 from splitinfer.timing import Timeline
@@ -80,7 +79,7 @@ def test_looks_for_an_answer_are_few_and_the_dense_network_always_ends(
 ) -> None:
     layer, network, timeline = layer_of(checkpoint, 0, QuantConfig()), Network(there), Timeline()
     layer.ops = network  # type: ignore[assignment]
-    begun: Any = None
+    begun = Begun(1, torch.zeros(1), torch.zeros(1))
     step = Step([], {}, Staging(torch.device("cpu")), timeline, None, False)
     if there:
         layer.end_dense(begun, step, network)
@@ -89,3 +88,12 @@ def test_looks_for_an_answer_are_few_and_the_dense_network_always_ends(
             layer.end_dense(begun, step, network)
     assert (network.looks, network.ends) == (looks, 1)
     assert timeline.seconds["dense", 0] > 0
+
+
+def test_what_has_ended_is_not_ended_again(checkpoint: Checkpoint) -> None:
+    layer, timeline = layer_of(checkpoint, 0, QuantConfig()), Timeline()
+    layer.ops = network = Network(1)  # type: ignore[assignment]
+    over = Begun(0, torch.zeros(1), torch.ones(1))
+    step = Step([], {}, Staging(torch.device("cpu")), timeline, None, False)
+    assert layer.end_dense(over, step, network) is over.out
+    assert (network.looks, network.ends, timeline.seconds) == (0, 0, {})
