@@ -27,7 +27,7 @@ Collect = Callable[[int, Rows, list[ExpertCall], float, "Timeline | None"], Awai
 ALIGNMENT = 64  # of tensors on the wire
 PATIENCE = 5e-3  # seconds: longer waits leave the event loop to others
 _WORTH_FROM, _MOST = 2, 3  # as in transport.polling
-_VAIN, _MOST_VAIN = 30, 4096  # waits after one in vain before the next like it: twice as many each time
+_VAIN, _MOST_VAIN = 4, 4096  # waits after one in vain before the next like it: twice as many each time
 
 
 class Waits:
