@@ -14,12 +14,14 @@
 enum { TAKEN = 30000, RESTS = 50 };
 
 static void frame_send(Frame *frame) {
-    ssize_t sent = frame->file < 0 ? 0 : send(frame->file, frame->bytes, (size_t)frame->nbytes, MSG_DONTWAIT | MSG_NOSIGNAL);
-    frame->sent = sent > 0 ? (int32_t)sent : 0;
+    frame->sent = 0;
+    if (frame->file < 0) return;
+    const ssize_t sent = send(frame->file, frame->bytes, (size_t)frame->nbytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent > 0) frame->sent = (int32_t)sent;
 }
 
-void splitinfer_request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index, const float *weights,
-                  int64_t places) {
+void splitinfer_request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index,
+                             const float *weights, int64_t places) {
     const uint8_t *asked = request->asked;
     int64_t needed = 0;
     for (int64_t i = 0; i < places; i++) {

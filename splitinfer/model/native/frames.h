@@ -29,9 +29,9 @@ typedef struct {
     uint8_t *took;
 } Answer;
 
-/* An answer as it should come: as `pattern`, but for the four bytes at `number` and the sums at `body`. Whatever comes is
-   read from `file` (-1: nothing is expected) into `room`, `received` bytes of it. `took` is the number, `seen` when it
-   had come, in nanoseconds. A wait for it is spent looking for `awake` of them at most. */
+/* An answer as it should come: as `pattern`, but for the four bytes at `number` and the sums at `body`. Whatever comes
+   is read from `file` (-1: nothing is expected) into `room`, `received` bytes of it. `took` is the number, `seen` when
+   it had come, in nanoseconds. A wait for it is spent looking for `awake` of them at most. */
 typedef struct {
     const uint8_t *pattern;
     int64_t nbytes, number, body;
@@ -43,13 +43,13 @@ typedef struct {
 
 enum { MOST_ANSWERS = 16, SOMETHING_ELSE = -1 };
 
-/* Those of `count`, at most MOST_ANSWERS, that have not come yet: waits for any of them for so many nanoseconds, and reads
-   what there is. Returns how many are still missing, or SOMETHING_ELSE where that came. */
+/* Those of `count`, at most MOST_ANSWERS, that have not come yet: waits for any of them for so many nanoseconds, and
+   reads what there is. Returns how many are still missing, or SOMETHING_ELSE where that came. */
 int splitinfer_answers_read(Expected *expected, int count, int64_t patience);
 /* Whether there is anything to read of those. */
 int answers_there(const Expected *expected, int count);
-void splitinfer_request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index, const float *weights,
-                  int64_t places);
+void splitinfer_request_send(Request *request, const void *x, int64_t nbytes, const int16_t *index,
+                             const float *weights, int64_t places);
 void answer_send(Answer *answer, int64_t duration);
 
 #endif

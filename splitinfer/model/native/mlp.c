@@ -147,7 +147,8 @@ static const void *experts_sum(const Answers *a, int64_t rows, int64_t n, int bf
     int held = 0;
     for (int i = 0; i < a->count; i++)
         if (a->expected[i].file >= 0) parts[held++] = (const float *)(a->expected[i].room + a->expected[i].body);
-    return a->count == 1 ? (const void *)parts[0] : splitinfer_sum(parts, held, rows, n, room, bfloat16, 1) ? NULL : room;
+    if (a->count == 1) return parts[0];
+    return splitinfer_sum(parts, held, rows, n, room, bfloat16, 1) ? NULL : room;
 }
 
 enum { BEGUN, OVER, CLOSED, INTERRUPTED };

@@ -169,6 +169,6 @@ int splitinfer_attention(const Attention *a, const Sequence *sequences, int64_t 
     free(turned);
     for (int64_t i = 0; !failed && i < asked; i++)
         splitinfer_request_send(requests + i, second_out, rows * a->output->n * (bfloat16 ? 2 : 4), index, weights,
-                     rows * a->chosen);
+                                rows * a->chosen);
     return failed;
 }
