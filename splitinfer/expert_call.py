@@ -12,7 +12,7 @@ from splitinfer.errors import UsageError
 from splitinfer.model.native import Answer, Frame, address_of
 from splitinfer.placement import Holding
 
-__all__ = ["ExpertCalls", "Request"]
+__all__ = ["ExpertCalls", "ReadyAnswer", "Request", "answer_parcel"]
 
 _REMEMBERED: Final = 256  # kinds of calls; a client that decodes makes one for each layer
 
@@ -36,16 +36,20 @@ class Request(NamedTuple):
         return prod(self.shape) * self.out_dtype.itemsize
 
 
+def answer_parcel(out: str, shape: tuple[int, ...]) -> transport.Parcel:
+    """An answer before its sums are there, as a node sends it and a client that reads it expects it."""
+    return transport.Parcel("", [(out, shape)], {"compute_us": transport.NUMBER})
+
+
 class ReadyAnswer:
     """An answer that lies ready but for the sums, which the kernels write into `out` and send on."""
 
     __slots__ = ("answer", "out", "parcel")
 
     def __init__(self, request: Request) -> None:
-        self.parcel = transport.Parcel("", [(request.out, request.shape)], {"compute_us": transport.NUMBER})
+        self.parcel = answer_parcel(request.out, request.shape)
         self.out = self.parcel.tensors[0].data
-        frame = Frame(address_of(self.parcel.frame), self.parcel.frame.nbytes, -1, 0)
-        self.answer = Answer(frame, address_of(self.parcel.number))
+        self.answer = Answer(Frame.of(self.parcel.frame), address_of(self.parcel.number))
 
 
 class ExpertCalls:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from splitinfer import transport
+from splitinfer.expert_call import answer_parcel
 from splitinfer.fanout import Owner, Rows, Share, name_of
 from splitinfer.in_flight import ExpertCall
 from splitinfer.model.native import MOST_ANSWERS, Expected, Frame, Request, address_of
@@ -110,7 +111,7 @@ class ReadyRequests:
         # The answers as they should come, where the kernels can add them.
         summed = out == (dtype if len(self._nodes) == 1 else "float32")
         self._answers = [
-            transport.Parcel("", [(out, (rows, hidden))], {"compute_us": transport.NUMBER})
+            answer_parcel(out, (rows, hidden))
             for _ in self._nodes
             if summed and len(self._nodes) <= MOST_ANSWERS
         ]
@@ -264,14 +265,10 @@ class ReadyCalls:
 
 def _request(parcel: transport.Parcel, asked: bytearray | None) -> Request:
     x, index, weights = (address_of(tensor.data) for tensor in parcel.tensors)
-    return Request(_frame(parcel), x, index, weights, None if asked is None else address_of(asked), 0)
+    return Request(Frame.of(parcel.frame), x, index, weights, None if asked is None else address_of(asked), 0)
 
 
 def _expected(answer: transport.Parcel) -> Expected:
-    frame = _frame(answer)
+    frame = Frame.of(answer.frame)
     number, body = (address_of(part) - frame.bytes for part in (answer.number, answer.tensors[0].data))
     return Expected(frame.bytes, frame.nbytes, number, body, file=-1)
-
-
-def _frame(parcel: transport.Parcel) -> Frame:
-    return Frame(address_of(parcel.frame), parcel.frame.nbytes, -1, 0)

@@ -7,6 +7,7 @@ Each room may import what stands on the same line or below it:
     engine
     engine_config
     dispatch  node  drafting        split execution: client, server; several tokens per step
+    ready_requests  in_flight       a layer's expert calls, before they go and while they are under way
     batching                        many sequences per step
     mixed                           some layers here, the others on nodes
     planning                        which cut suits which machines; costs, without measuring
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "exact_nodes": {"errors", "placement"},
     "trace": {"errors", "timing"},
     "lost_nodes": {"errors", "placement"},
-    "ready_requests": {"timing", "transport", "model", "fanout", "in_flight"},
+    "ready_requests": {"timing", "transport", "model", "expert_call", "fanout", "in_flight"},
     "dispatch": GROUND
     | {
         "transport",

@@ -48,7 +48,7 @@ ROWS = (1, 2, 4, 8)
 GROUP = 4  # sequences in a step of several: half of the table's streams
 PAUSE = 0.001  # seconds that a layer waits where a call would be, without nodes
 BETWEEN_CALLS = 0.0003  # seconds of the client's own work between two calls, about
-ANSWER_NANOSECONDS = 1_000_000_000
+ANSWER_NANOSECONDS = 1_000_000_000  # that the kernels wait for a call's answers
 CONTEXT = 96  # tokens before the rows that are measured
 SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 0, "ignore_eos": True}
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import Any, Final
 
-from splitinfer.errors import LimitExceeded, LocalProtocolError
+from splitinfer.errors import LimitExceeded
 from splitinfer.transport.buffers import POOL, aligned
 from splitinfer.transport.frames import (
     HEAD_NBYTES,
@@ -22,7 +22,7 @@ from splitinfer.transport.frames import (
     pack_map,
     pack_table,
 )
-from splitinfer.transport.tensors import DTYPES, Tensor, TensorSpec
+from splitinfer.transport.tensors import Tensor, spec_named
 
 __all__ = ["NUMBER", "PARCEL_NBYTES", "Parcel", "Posted"]
 
@@ -66,7 +66,7 @@ class Parcel:
         self.id = 0
         self.owner: object = None
         self._fits: Limits | None = None  # the last that it was found to keep within
-        self._table = [_spec(dtype, shape) for dtype, shape in specs]
+        self._table = [spec_named(dtype, shape) for dtype, shape in specs]
         self.body_nbytes = sum(aligned(spec.nbytes) for spec in self._table)
         if self.body_nbytes > PARCEL_NBYTES:
             raise LimitExceeded(
@@ -120,12 +120,3 @@ class Posted:
     def __init__(self, parcel: Parcel, sent: int = 0) -> None:
         self.parcel = parcel
         self.sent = sent
-
-
-def _spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-    row = DTYPES.get(dtype)
-    if row is None:
-        raise LocalProtocolError(
-            f"dtype {dtype} is not in the wire's table", remedy=f"Use one of {', '.join(DTYPES)}."
-        )
-    return TensorSpec(row, tuple(shape))

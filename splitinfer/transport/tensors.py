@@ -29,6 +29,7 @@ __all__ = [
     "data_of",
     "is_plain",
     "joinable",
+    "spec_named",
     "spec_of",
 ]
 
@@ -224,9 +225,14 @@ def spec_of(array: Array) -> TensorSpec:
             f"a {type(array).__name__} cannot be sent", remedy="Send numpy arrays or torch CPU tensors."
         )
     name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+    return spec_named(name, tuple(array.shape))
+
+
+def spec_named(name: str, shape: tuple[int, ...]) -> TensorSpec:
+    """The same for a dtype by its name in the table."""
     row = DTYPES.get(name)
     if row is None:
         raise LocalProtocolError(
             f"dtype {name} is not in the wire's table", remedy=f"Use one of {', '.join(DTYPES)}."
         )
-    return TensorSpec(row, tuple(array.shape))
+    return TensorSpec(row, shape)

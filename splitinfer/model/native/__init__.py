@@ -106,6 +106,11 @@ class Frame(ctypes.Structure):
         ("sent", ctypes.c_int32),
     )
 
+    @classmethod
+    def of(cls, data: memoryview) -> Frame:
+        """A message that lies there, to be sent nowhere yet."""
+        return cls(address_of(data), data.nbytes, -1, 0)
+
 
 class Request(ctypes.Structure):
     """`Request` of frames.h."""
