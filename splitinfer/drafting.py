@@ -134,6 +134,11 @@ class Decoder:
         self._windows: deque[_Window] = deque()  # under way, the oldest first
         self.count = Count()
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other sequence decodes beside this one."""
+        return self._seat.alone
+
     def first(self, logits: Tensor) -> int:
         """The first token of the reply, from the prompt's last logits [1, V]."""
         return self._sample(logits, [])[0]
@@ -228,6 +233,9 @@ class Decoder:
 
     def _record(self, window: _Window, tokens: list[int], following: int | None) -> None:
         """Count what a window gave, and learn from it."""
+        if self._drafter is None:
+            self.count = Count(self.count.steps + 1)
+            return
         drafted, accepted = len(window.rows) - 1, len(tokens) - 1
         judged = following is not None and accepted == drafted
         self._depth.record(

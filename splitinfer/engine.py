@@ -39,6 +39,7 @@ from splitinfer.trace import check_trace, write_trace
 __all__ = ["AsyncEngine", "EngineConfig", "Prompt"]
 
 DEFAULT_MAX_TOKENS = 256
+TURN_SECONDS = 5e-3  # of decoding alone, after which the event loop has a turn
 
 
 class AsyncEngine:
@@ -317,6 +318,7 @@ class _Generation:
         logits = await compute(1, engine.model.logits, hidden, timeline=self._prefill)
         async with engine.decoder(cache, self._seen, hidden, self._sampler, self._decode) as decoder:
             tokens, first = [decoder.first(logits)], perf_counter()
+            turned = first
             while True:
                 for token in tokens:
                     text, reason = self._take(token)
@@ -326,8 +328,10 @@ class _Generation:
                         yield Piece(text, (token,), done)
                         return
                     yield Piece(text, (token,))
-                # With the experts here a step may never wait: let others on this loop, and an interrupt, in.
-                await asyncio.sleep(0)
+                # A step may never wait: let others on this loop, and an interrupt, in.
+                if not decoder.alone or perf_counter() - turned > TURN_SECONDS:
+                    await asyncio.sleep(0)
+                    turned = perf_counter()
                 tokens = await decoder.step(self._max_tokens - len(self._ids))
 
     def _take(self, token: int) -> tuple[str, StopReason | None]:

@@ -279,3 +279,31 @@ def test_an_engine_that_nobody_closes_ends_with_the_program(without_text: Path) 
     before, after = (line.split() for line in ran.stdout.splitlines())
     assert "splitinfer" in before
     assert "splitinfer" not in after
+
+
+@pytest.mark.parametrize("often", [True, False])
+def test_decoding_alone_gives_the_loop_a_turn_now_and_then(
+    without_text: Path, monkeypatch: pytest.MonkeyPatch, often: bool
+) -> None:
+    """With the experts here no step ever waits: others on the loop would starve."""
+    monkeypatch.setattr("splitinfer.engine.TURN_SECONDS", 0.0 if often else 3600.0)
+
+    async def turns() -> int:
+        counted = 0
+
+        async def others() -> None:
+            nonlocal counted
+            while True:
+                await asyncio.sleep(0)
+                counted += 1
+
+        async with splitinfer.AsyncEngine(without_text) as engine:
+            beside = asyncio.create_task(others())
+            first = 0
+            async for piece in engine.stream([2, 5, 7], max_tokens=22, ignore_eos=True):
+                first = first or counted
+                assert piece.token_ids
+            beside.cancel()
+            return counted - first
+
+    assert (asyncio.run(turns()) >= 20) == often

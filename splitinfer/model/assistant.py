@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitinfer.errors import CheckpointError, UnsupportedModelError
-from splitinfer.model.attention import Block, Rotation, attend, rotary_frequencies, rotation
+from splitinfer.model.attention import Block, attend
 from splitinfer.model.cache import Held
 from splitinfer.model.config import AttentionConfig, ModelConfig, read_json, read_text_config
 from splitinfer.model.linear import Linear
 from splitinfer.model.mapped import MappedFile
 from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import natural_format, quantize
+from splitinfer.model.rotary import Rotary, Rotation
 from splitinfer.model.row_kernels import row_ops
 from splitinfer.model.rows import Dense
 
@@ -112,7 +113,7 @@ class Assistant:
         self._layers = [
             _Layer(weights, f"model.layers.{i}.", text, shape) for i, shape in enumerate(text.attention)
         ]
-        self._frequencies = {a.layer_type: rotary_frequencies(a, device) for a in text.attention}
+        self._rotary = {a.layer_type: Rotary(a, device) for a in text.attention}
         if self.config.num_centroids:
             clusters = self.config.num_centroids
             self._rows = weights("model.embed_tokens.weight", vocab, hidden)
@@ -124,8 +125,7 @@ class Assistant:
 
     def rotations(self, position: int) -> dict[str, Rotation]:
         """The rotary factors of one position, for `states`."""
-        where = torch.tensor([position], device=self.device)
-        return {kind: rotation(f, where) for kind, f in self._frequencies.items()}
+        return {kind: rotary.at([(position, position + 1)]) for kind, rotary in self._rotary.items()}
 
     def states(
         self, embedded: Tensor, hidden: Tensor, rotations: dict[str, Rotation], shared: KeysValues

@@ -1,4 +1,4 @@
-"""Rotary embedding and attention of one sequence's rows over its cached keys and values.
+"""Attention of one sequence's rows over its cached keys and values.
 
 Shape letters: n new rows, S keys seen, N query heads, V key/value heads, G = N/V query heads per K/V head,
 D head_dim.
@@ -14,24 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitinfer.model.cache import Held
-from splitinfer.model.config import AttentionConfig
 
-__all__ = ["Block", "Rotation", "attend", "plan_blocks", "rotary_frequencies", "rotation"]
+__all__ = ["Block", "attend", "plan_blocks"]
 
 # Query rows (times G) that share one mask: bounds the mask's memory at any context length, and spares
 # sliding layers most of the keys outside the window.
 BLOCK_ROWS = 512
-
-
-class Rotation(NamedTuple):
-    """Rotary factors of some rows, float32 [rows, 1, D]. `sin` has its first half negated."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Rotates x [rows, heads, D], float32: pairs are (i, i + D/2)."""
-        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
 
 
 class Block(NamedTuple):
@@ -42,29 +30,6 @@ class Block(NamedTuple):
     key: int
     key_end: int
     mask: Tensor | None
-
-
-def rotary_frequencies(attention: AttentionConfig, device: torch.device) -> Tensor:
-    """Angle per position of each pair, float32 [D/2].
-
-    "proportional" (transformers' `_compute_proportional_rope_parameters`) turns the first pairs only, with
-    exponents taken over the whole head; the others keep still.
-    """
-    rope, head_dim = attention.rope, attention.head_dim
-    turning = head_dim // 2
-    if rope.rope_type == "proportional":
-        turning = int(rope.partial_rotary_factor * head_dim // 2)
-    exponents = torch.arange(0, 2 * turning, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device=device)
-    frequencies[:turning] = 1.0 / rope.rope_theta**exponents / rope.factor
-    return frequencies
-
-
-def rotation(frequencies: Tensor, positions: Tensor) -> Rotation:
-    """The factors for `positions` [rows], shared by all layers of one type in a step."""
-    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return Rotation(torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1))
 
 
 def plan_blocks(

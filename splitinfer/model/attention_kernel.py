@@ -20,9 +20,9 @@ from splitinfer.model.row_kernels import address, done, struct_of
 from splitinfer.model.rows import Begun, Dense, Routing
 
 if TYPE_CHECKING:
-    from splitinfer.model.attention import Rotation
     from splitinfer.model.cache import Place
     from splitinfer.model.layers import Attention
+    from splitinfer.model.rotary import Rotation
 
 __all__ = ["AttentionKernel"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from splitinfer.errors import UsageError
-from splitinfer.model.attention import plan_blocks, rotary_frequencies, rotation
+from splitinfer.model.attention import plan_blocks
 from splitinfer.model.cache import KVCache
 from splitinfer.model.compute import compute, run, runs_inline
 from splitinfer.model.experts import Arriving, Experts
@@ -21,6 +21,7 @@ from splitinfer.model.layers import DecoderLayer, Part, Step, Weights
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import QuantConfig
+from splitinfer.model.rotary import Rotary
 from splitinfer.model.row_kernels import row_ops
 from splitinfer.model.staging import Staging
 from splitinfer.model.weights import Checkpoint
@@ -71,7 +72,7 @@ class Gemma:
         ]
         self._masks = device.type != "cpu" or dtype not in DTYPES or kernels() is None
         self._kinds = {attention.layer_type: attention for attention in config.attention}
-        self._frequencies = {k: rotary_frequencies(attention, device) for k, attention in self._kinds.items()}
+        self._rotary = {kind: Rotary(attention, device) for kind, attention in self._kinds.items()}
 
     @classmethod
     def load(
@@ -213,9 +214,10 @@ class Gemma:
             raise UsageError("a step needs at least one token in every segment")
         parts = [segment.token_ids for segment in segments]
         token_ids = parts[0] if len(parts) == 1 else torch.cat(parts)
-        low, high = token_ids.aminmax()
-        if int(low) < 0 or int(high) >= self.config.vocab_size:
-            wrong = int(low) if int(low) < 0 else int(high)
+        ids = token_ids.tolist()
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
             raise UsageError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
         return token_ids
 
@@ -227,7 +229,7 @@ class Gemma:
         front: Front | None,
         alone: bool,
     ) -> Step:
-        parts, positions, lo = [], [], 0
+        parts, ranges, lo = [], [], 0
         for (cache, start), segment in zip(starts, segments, strict=True):
             n = len(segment.token_ids)
             blocks = {}
@@ -235,8 +237,7 @@ class Gemma:
                 group = self.config.num_attention_heads // shape.num_key_value_heads
                 blocks[kind] = plan_blocks(start, n, shape.window, group, self.dtype, self.device)
             parts.append(Part(lo, lo + n, start, cache, blocks))
-            positions.append(torch.arange(start, start + n, device=self.device))
+            ranges.append((start, start + n))
             lo += n
-        where = positions[0] if len(positions) == 1 else torch.cat(positions)
-        rotations = {kind: rotation(f, where) for kind, f in self._frequencies.items()}
+        rotations = {kind: rotary.at(ranges) for kind, rotary in self._rotary.items()}
         return Step(parts, rotations, self._staging, timeline, front, alone)

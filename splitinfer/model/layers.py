@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from splitinfer.model.attention import Block, Rotation, attend
+from splitinfer.model.attention import Block, attend
 from splitinfer.model.attention_kernel import AttentionKernel
 from splitinfer.model.cache import KVCache, Place
 from splitinfer.model.compute import took
@@ -27,6 +27,7 @@ from splitinfer.model.front import Front
 from splitinfer.model.linear import Linear
 from splitinfer.model.native import DTYPES, kernels
 from splitinfer.model.quantize import Packed, QuantConfig, format_of, natural_format, quantize
+from splitinfer.model.rotary import Rotation
 from splitinfer.model.row_kernels import row_ops
 from splitinfer.model.rows import Begun, Dense, Routing
 from splitinfer.model.staging import Staging

@@ -117,11 +117,11 @@ class Packed:
         """The weights as float32 [out, in], or those of the channels `rows` [n] int64 only."""
         if self.format == "int4":
             return self._widen_int4(rows)
-        weight = self.weight if rows is None else self.weight[rows]
+        weight = self.weight if rows is None else self.weight.index_select(0, rows)
         wide = weight.float()
         if self.scales is None:
             return wide
-        scales = self.scales if rows is None else self.scales[rows]
+        scales = self.scales if rows is None else self.scales.index_select(0, rows)
         return (wide.view(len(wide), -1, self.group) * scales.float().unsqueeze(-1)).view(wide.shape)
 
     def _widen_int4(self, rows: Tensor | None) -> Tensor:

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from splitinfer.model.attention import BLOCK_ROWS, attend, plan_blocks, rotary_frequencies, rotation
+from splitinfer.model.attention import BLOCK_ROWS, attend, plan_blocks
 from splitinfer.model.cache import Held
-from splitinfer.model.config import AttentionConfig, RopeConfig
 
 CPU = torch.device("cpu")
 
@@ -60,22 +57,3 @@ def test_blocks_bound_the_mask_and_skip_what_the_window_hides() -> None:
     assert len(masks) == len(blocks)
     assert all(mask.numel() <= BLOCK_ROWS * (99 + BLOCK_ROWS // 8) for mask in masks)
     assert plan_blocks(4000, 1, None, 8, torch.float32, CPU)[0].mask is None
-
-
-@pytest.mark.parametrize("rope", [RopeConfig("default", 1e4), RopeConfig("proportional", 1e6, 0.25, 2.0)])
-def test_rotation_turns_pairs_by_position(rope: RopeConfig) -> None:
-    dim = 16
-    shape = AttentionConfig("full_attention", dim, 1, None, True, rope)
-    frequencies = rotary_frequencies(shape, CPU)
-    x = torch.randn(3, 2, dim)
-    turned = rotation(frequencies, torch.tensor([0, 7, 1000])).apply(x)
-    turning = dim // 2 if rope.rope_type == "default" else int(0.25 * dim // 2)
-    for row, position in enumerate([0, 7, 1000]):
-        for pair in range(dim // 2):
-            angle = 0.0
-            if pair < turning:
-                angle = position * rope.rope_theta ** (-2 * pair / dim) / rope.factor
-            a, b = x[row, :, pair], x[row, :, pair + dim // 2]
-            c, s = math.cos(angle), math.sin(angle)
-            torch.testing.assert_close(turned[row, :, pair], a * c - b * s, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(turned[row, :, pair + dim // 2], b * c + a * s, atol=1e-4, rtol=1e-4)
