@@ -62,7 +62,7 @@ class Effort:
     calls: int = 40
     pings: int = 20
     tokens: int = 32
-    passes: int = 9
+    passes: int = 18
 
     @staticmethod
     def warm_up(count: int) -> int:
@@ -339,28 +339,38 @@ async def _token_of_many(engine: AsyncEngine, step: dict[str, float], effort: Ef
 
 
 async def calibrate_drafter(engine: AsyncEngine, drafter: str, depth: int, effort: Effort) -> float:
-    """Seconds of one guess, where `depth` are made at a time."""
+    """Seconds of one guess, where `depth` are made at a time and verified."""
     import torch
 
-    from splitinfer.drafting import choose_drafter
-    from splitinfer.model.drafter import Context
+    from splitinfer.batching import Batcher
+    from splitinfer.draft_depth import Depth
+    from splitinfer.drafting import Decoder, choose_drafter
     from splitinfer.model.gemma import Segment
     from splitinfer.model.sampling import Sampler, SamplingParams
 
     made = choose_drafter(drafter, engine.model, engine.checkpoint.path)
     assert made is not None
-    model, drafts = engine.model, made()
-    sampler = Sampler(SamplingParams(temperature=0.7, seed=0))
-    ids, cache, taken = _tokens(engine).tolist(), engine.new_cache(), list[float]()
+    ids, cache, taken, drafted = _tokens(engine).tolist(), engine.new_cache(), list[float](), 0
+    sampler, timeline = Sampler(SamplingParams(temperature=0.7, seed=0)), Timeline()
     with _without_experts(engine):
-        hidden = (await model.forward([Segment(torch.tensor(ids[:-1]), cache)]))[-1:]
+        hidden = (await engine.model.forward([Segment(torch.tensor(ids[:-1]), cache)]))[-1:]
+        decoder = Decoder(
+            Batcher(engine.model).seat(),
+            cache,
+            ids,
+            hidden,
+            sampler=sampler,
+            timeline=timeline,
+            drafter=made(),
+            depth=Depth(depth),
+        )
         for number in range(-effort.warm_up(effort.steps), effort.steps):
-            start = perf_counter()
-            guesses = await drafts.propose(Context(ids, hidden, cache, sampler, len(ids)), depth)
-            if number >= 0:
-                taken.append((perf_counter() - start) / max(1, len(guesses)))
-            hidden = await model.forward([Segment(torch.tensor(ids[-1:]), cache)])
-            ids.append(len(ids) % engine.config.vocab_size)
+            before = timeline.by_phase().get("draft", 0.0)
+            ids += await decoder.step(depth + 1)
+            seconds, guesses = timeline.by_phase()["draft"] - before, decoder.count.drafted - drafted
+            drafted = decoder.count.drafted
+            if number >= 0 and guesses:
+                taken.append(seconds / guesses)
     return usual(taken)
 
 

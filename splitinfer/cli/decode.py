@@ -57,6 +57,9 @@ SAMPLING: dict[str, Any] = {"temperature": 0.7, "ignore_eos": True}
 AT_LEAST = 0.4  # seconds that a case is run in a pass: short ones are repeated, and the median counts
 AT_MOST = 3  # times
 SLOW = 0.01  # seconds of a round trip
+# Of slow links, which take most of the time and hide most of what disturbs, fewer passes are measured: from
+# so many seconds of a round trip on, one in so many.
+ONE_IN = ((SLOW, 6), (0.001, 2), (0.0, 1))
 DISTURBED = 0.25  # cores that others take while something is measured: one of two halves every figure
 
 T = TypeVar("T")
@@ -122,17 +125,15 @@ class Bench:
         """Every case over every link, on nodes known as `nodes`: the middle one of a few passes.
 
         A pass calibrates, predicts and decodes all of them, so that what disturbs the machine for some
-        seconds spoils one pass and not a case. Slow links, which take most of the time and hide most of what
-        disturbs, come in every third pass.
+        seconds spoils one pass and not a case. Links come in as many of them as `ONE_IN` says.
         """
         found = defaultdict[tuple[str, str], list[Decoded]](list)
-        quick: Sequence[Link] = ()
+        trips: dict[str, float] = {}
         for number in range(self.effort.passes):
-            for one in self._pass(nodes, addresses, quick if number % 3 else self.links, cases):
+            due = [link for link in self.links if not number % _one_in(trips.get(link.name, 0.0))]
+            for one in self._pass(nodes, addresses, due, cases):
                 found[one.link, one.case].append(one)
-            if not number:
-                trips = {one.link: one.round_trip for (one,) in found.values()}
-                quick = [link for link in self.links if trips[link.name] < SLOW]
+                trips.setdefault(one.link, one.round_trip)
         yield from map(_middle, found.values())
 
     def _pass(
@@ -143,12 +144,12 @@ class Bench:
 
         def calibrate() -> list[float]:
             self.clients.clear()
-            return run(self._calibrate(nodes, addresses, cases))
+            return run(self._calibrate(nodes, addresses, links, cases))
 
         with busy(f"{nodes}: calibrating"):
             trips, _ = beside_others(calibrate)
-        for link, trip in zip(self.links, trips, strict=True):
-            for case in cases if link in links else ():
+        for link, trip in zip(links, trips, strict=True):
+            for case in cases:
                 with busy(f"{nodes}, {link.name}: {case.name}"):
                     call = replace(self.calls[nodes], round_trip=trip)
                     predicted = self._predict(self._client_over(link), call, case)
@@ -169,22 +170,22 @@ class Bench:
             return batched(setup, case.streams)
         return drafted(setup, case.depth, self.yields[case.depth]) if case.depth else plain(setup)
 
-    async def _calibrate(self, nodes: str, addresses: Sequence[str], cases: Sequence[Case]) -> list[float]:
-        """Learn what the cases need and is not known yet; the round trips of all links."""
+    async def _calibrate(
+        self, nodes: str, addresses: Sequence[str], links: Sequence[Link], cases: Sequence[Case]
+    ) -> list[float]:
+        """Learn what the cases need and is not known yet; the links' round trips."""
         from splitinfer.dispatch import RemoteExperts
         from splitinfer.model.experts import ExpertBank
 
         first, pings = addresses[0], self.effort.pings
-        trips = [
-            await measure_message(first, self._transport(link), pings, self.settle) for link in self.links
-        ]
+        trips = [await measure_message(first, self._transport(link), pings, self.settle) for link in links]
         bank: ExpertBank | None = None
-        for link, trip in zip(self.links, trips, strict=True):
-            if link is not self.links[0] and trip >= SLOW:
+        for link, trip in zip(links, trips, strict=True):
+            if link is not links[0] and trip >= SLOW:
                 continue
             async with self._open(addresses, link) as engine:
                 self.settle()
-                if link is self.links[0]:
+                if link is links[0]:
                     self.layers = engine.config.num_hidden_layers
                     experts = engine.model.experts
                     assert isinstance(experts, RemoteExperts)  # no layer is local yet
@@ -278,6 +279,10 @@ class Bench:
         # From the time that the last of them has its first token until the first of them stops.
         begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
         return sum(_rate([at for at in times if begin <= at <= end]) for times in arrivals)
+
+
+def _one_in(round_trip: float) -> int:
+    return next(count for seconds, count in ONE_IN if round_trip >= seconds)
 
 
 def _middle(same: Sequence[Decoded]) -> Decoded:

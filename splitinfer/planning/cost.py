@@ -124,10 +124,11 @@ class CallCost:
 
     def shares(self, rows: float) -> tuple[float, float, float]:
         """Where a call's seconds beside arithmetic, `send` and `combine` go: to the client, to the nodes, and
-        to the link, each way. Of handling the client has the other nodes' messages, or half if that is more.
+        to the link, each way. Of handling the client has the other nodes' messages, or half of one node's
+        part if that is more.
         """
         message, handling = min(self.message, self.round_trip), self.handling.at(rows)
-        here = max(handling / 2, min(handling, (self.nodes - 1) * message))
+        here = max(handling / (2 * self.nodes), min(handling, (self.nodes - 1) * message))
         return message + here, handling - here, (self.round_trip - message + self.transfer(rows)) / 2
 
     def transfer(self, rows: float) -> float:

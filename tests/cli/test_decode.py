@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -122,3 +122,23 @@ def test_a_pass_that_was_disturbed_decides_nothing() -> None:
     found = decode._middle([one(10, 11, 0.0), one(4, 3, 1.5), one(12, 10, 0.1)])
     assert (found.predicted.tokens_per_second, found.measured, found.others) == (12, 10, 0.1)
     assert found.ratio == 1.2
+
+
+def test_fast_links_come_in_every_pass_and_slow_ones_in_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    trips = {"0.2ms": 0.0003, "2ms": 0.0021, "20ms": 0.0203}
+    bench = decode.Bench(Path("model"), EngineConfig(), [decode.Link(name, None) for name in trips])
+    passes: list[list[str]] = []
+
+    def one_pass(
+        nodes: str, addresses: list[str], links: list[decode.Link], cases: list[decode.Case]
+    ) -> Iterator[decode.Decoded]:
+        passes.append([link.name for link in links])
+        for link in links:
+            yield decode.Decoded(link.name, nodes, "plain", trips[link.name], Prediction(1, 1), 1, 0)
+
+    monkeypatch.setattr(bench, "_pass", one_pass)
+    assert [one.link for one in bench.measure("1 node", [], [])] == list(trips)
+    assert passes[0] == list(trips)
+    assert all(links[0] == "0.2ms" for links in passes)
+    counts = [sum(name in links for links in passes) for name in trips]
+    assert counts == [bench.effort.passes, bench.effort.passes // 2, bench.effort.passes // 6]

@@ -158,7 +158,7 @@ def test_a_calls_shares_are_all_of_it(nodes: int, message: float, round_trip: fl
     here, there, way = call.shares(3)
     assert here + there + 2 * way == pytest.approx((round_trip + 0.15) * MS + call.transfer(3))
     assert min(here, there, way) >= 0
-    assert here >= call.handling.at(3) / 2
+    assert here >= call.handling.at(3) / (2 * nodes)
 
 
 def test_nodes_that_are_never_idle_bind() -> None:
