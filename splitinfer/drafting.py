@@ -134,11 +134,6 @@ class Decoder:
         self._windows: deque[_Window] = deque()  # under way, the oldest first
         self.count = Count()
 
-    @property
-    def alone(self) -> bool:
-        """Whether no other sequence decodes beside this one."""
-        return self._seat.alone
-
     def first(self, logits: Tensor) -> int:
         """The first token of the reply, from the prompt's last logits [1, V]."""
         return self._sample(logits, [])[0]

@@ -81,6 +81,7 @@ class AsyncEngine:
         self._gemma: Gemma | None = None
         self._spans: list[Span] | None = None if self.settings.trace is None else []
         self._depth = Depth(check_depth(self.settings.draft_depth))
+        self.replies = 0  # under way
         self._int8_cache = self.settings.int8_cache()
 
     async def __aenter__(self) -> Self:
@@ -210,9 +211,13 @@ class AsyncEngine:
         """
         params = SamplingParams(**known_options(SamplingParams, sampling))
         run = _Generation(self, self.encode(prompt), max_tokens, stop, ignore_eos, params)
-        async with aclosing(run.pieces()) as pieces:
-            async for piece in pieces:
-                yield piece
+        self.replies += 1
+        try:
+            async with aclosing(run.pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self.replies -= 1
 
     async def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """The next-token logits after every position of `token_ids`, float32 [len(token_ids), vocab]."""
@@ -329,7 +334,7 @@ class _Generation:
                         return
                     yield Piece(text, (token,))
                 # A step may never wait: let others on this loop, and an interrupt, in.
-                if not decoder.alone or perf_counter() - turned > TURN_SECONDS:
+                if engine.replies > 1 or perf_counter() - turned > TURN_SECONDS:
                     await asyncio.sleep(0)
                     turned = perf_counter()
                 tokens = await decoder.step(self._max_tokens - len(self._ids))

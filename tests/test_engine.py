@@ -287,6 +287,7 @@ def test_decoding_alone_gives_the_loop_a_turn_now_and_then(
 ) -> None:
     """With the experts here no step ever waits: others on the loop would starve."""
     monkeypatch.setattr("splitinfer.engine.TURN_SECONDS", 0.0 if often else 3600.0)
+    monkeypatch.setattr("splitinfer.model.compute.INLINE_SECONDS", 3600.0)
 
     async def turns() -> int:
         counted = 0
@@ -297,7 +298,8 @@ def test_decoding_alone_gives_the_loop_a_turn_now_and_then(
                 await asyncio.sleep(0)
                 counted += 1
 
-        async with splitinfer.AsyncEngine(without_text) as engine:
+        config = splitinfer.EngineConfig(draft="off")
+        async with splitinfer.AsyncEngine(without_text, config=config) as engine:
             beside = asyncio.create_task(others())
             first = 0
             async for piece in engine.stream([2, 5, 7], max_tokens=22, ignore_eos=True):

@@ -62,7 +62,7 @@ class Effort:
     calls: int = 40
     pings: int = 20
     tokens: int = 32
-    passes: int = 18
+    passes: int = 19
 
     @staticmethod
     def warm_up(count: int) -> int:
@@ -168,12 +168,12 @@ async def calibrate_calls(
         defaultdict[tuple[str, int], list[float]](list),
     )
     for number in range(-effort.warm_up(effort.calls), effort.calls):
-        for rows in ROWS:  # by turns: a machine's speed changes within tens of milliseconds
+        for place, rows in enumerate(ROWS):  # by turns: a machine's speed changes within tens of milliseconds
             x = torch.randn(rows, config.hidden_size, generator=generator).to(dtype)
             weights = torch.full((rows, config.top_k_experts), 1.0 / config.top_k_experts)
             index = torch.rand(rows, config.num_experts, generator=generator).topk(config.top_k_experts)[1]
             index = index.to(torch.int16)
-            layer = layers[number % len(layers)]
+            layer = layers[(len(ROWS) * number + place) % len(layers)]
             for way, asked in ((taken, _dispatched), (ready, _by_kernels)):
                 _work_for(BETWEEN_CALLS)
                 timeline = await asked(experts, layer, x, index, weights)
@@ -367,11 +367,11 @@ async def calibrate_drafter(engine: AsyncEngine, drafter: str, depth: int, effor
         for number in range(-effort.warm_up(effort.steps), effort.steps):
             before = timeline.by_phase().get("draft", 0.0)
             ids += await decoder.step(depth + 1)
-            seconds, guesses = timeline.by_phase()["draft"] - before, decoder.count.drafted - drafted
+            seconds, guesses = timeline.by_phase().get("draft", 0.0) - before, decoder.count.drafted - drafted
             drafted = decoder.count.drafted
             if number >= 0 and guesses:
                 taken.append(seconds / guesses)
-    return usual(taken)
+    return usual(taken) if taken else 0.0
 
 
 def _context(engine: AsyncEngine) -> int:

@@ -143,7 +143,8 @@ class Bench:
             return
 
         def calibrate() -> list[float]:
-            self.clients.clear()
+            for link in links:
+                self.clients.pop(link.name, None)
             return run(self._calibrate(nodes, addresses, links, cases))
 
         with busy(f"{nodes}: calibrating"):

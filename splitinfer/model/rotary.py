@@ -18,7 +18,7 @@ from splitinfer.model.config import AttentionConfig
 __all__ = ["Rotary", "Rotation", "rotary_frequencies"]
 
 BLOCK = 64  # positions that are computed at a time
-KEPT = 32  # blocks: for a chunk of a prompt, or as many sequences
+KEPT = 128  # blocks, of as many sequences: 32 MiB at most
 
 
 class Rotation(NamedTuple):

@@ -125,6 +125,7 @@ def _call(parts: tuple[Part, ...], sizes: Sizes, assumed: Assumed) -> CallCost:
         assumed.round_trip,
         experts=Curve.of({n: _busiest(sizes, groups, n, seconds) for n in ROWS}),
         handling=Curve.constant(assumed.call * len(parts)),
+        nodes=len(parts),
         nbytes=len(parts) * (up + answer + ROW_NBYTES),
         bandwidth=assumed.bandwidth,
     )
