@@ -147,7 +147,8 @@ class Decoder:
         except BaseException:
             await self.close()
             raise
-        self._timeline.merge(window.timeline)
+        if window.timeline is not self._timeline:
+            self._timeline.merge(window.timeline)
         tokens = self._sample(logits, window.rows[1:])
         following = self._windows[0].rows[0] if self._windows else None
         whole = len(tokens) == len(window.rows)
@@ -213,7 +214,9 @@ class Decoder:
 
     def _launch(self, rows: list[int], front: Front | None, start: float) -> None:
         """Send `rows` down the layers; `start` is when their drafting began."""
-        timeline, segment = Timeline(self._timeline.spans), Segment(torch.tensor(rows), self._cache)
+        # What a step took by itself matters to the depth of drafts only.
+        timeline = self._timeline if self._drafter is None else Timeline(self._timeline.spans)
+        segment = Segment(torch.tensor(rows), self._cache)
         before = self._windows[-1] if self._windows else None
         length = self._cache.length if before is None else before.start + len(before.rows)
         result: Awaitable[Result]

@@ -137,8 +137,7 @@ class Gemma:
         try:
             for segment in segments:
                 starts.append((segment.cache, segment.cache.begin(len(segment.token_ids))))
-            step = await compute(rows, self._plan, starts, segments, timeline, front, alone)
-            x = await compute(rows, self.embed, token_ids)
+            step, x = await compute(rows, self._begin, token_ids, starts, segments, timeline, front, alone)
             for layer in self._layers:
                 if front is not None:
                     await front.enter(layer.index)
@@ -206,7 +205,7 @@ class Gemma:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Scaled embeddings [rows, H] of CPU ids [rows], as the first layer gets them."""
-        rows = self._embedding.widen(token_ids).to(self.dtype)
+        rows = self._embedding.rows(token_ids, self.dtype)
         return self._staging.to_device(rows) * self._embedding_scale
 
     def _token_ids(self, segments: Sequence[Segment]) -> Tensor:
@@ -221,14 +220,16 @@ class Gemma:
             raise UsageError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
         return token_ids
 
-    def _plan(
+    def _begin(
         self,
+        token_ids: Tensor,
         starts: Sequence[tuple[KVCache, int]],
         segments: Sequence[Segment],
         timeline: Timeline | None,
         front: Front | None,
         alone: bool,
-    ) -> Step:
+    ) -> tuple[Step, Tensor]:
+        """What all layers are told about the rows, and these as the first layer gets them."""
         parts, ranges, lo = [], [], 0
         for (cache, start), segment in zip(starts, segments, strict=True):
             n = len(segment.token_ids)
@@ -240,4 +241,4 @@ class Gemma:
             ranges.append((start, start + n))
             lo += n
         rotations = {kind: rotary.at(ranges) for kind, rotary in self._rotary.items()}
-        return Step(parts, rotations, self._staging, timeline, front, alone)
+        return Step(parts, rotations, self._staging, timeline, front, alone), self.embed(token_ids)

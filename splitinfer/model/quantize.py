@@ -124,6 +124,12 @@ class Packed:
         scales = self.scales if rows is None else self.scales.index_select(0, rows)
         return (wide.view(len(wide), -1, self.group) * scales.float().unsqueeze(-1)).view(wide.shape)
 
+    def rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The channels `rows` [n] int64 as numbers of `dtype`, [n, in]."""
+        if self.scales is None:
+            return self.weight.index_select(0, rows).to(dtype)
+        return self.widen(rows).to(dtype)
+
     def _widen_int4(self, rows: Tensor | None) -> Tensor:
         assert self.scales is not None
         if rows is None:
