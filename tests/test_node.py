@@ -166,13 +166,15 @@ import asyncio, json, sys, psutil, torch
 from splitinfer import ExpertNode
 torch.set_num_threads(1)
 torch.nn.functional.linear(torch.ones(2, 512), torch.ones(512, 512))  # the kernels' own memory
+def resident():  # without program code, which is read in at its first use
+    return sum(each.rss for each in psutil.Process().memory_maps() if ".so" not in each.path)
 async def main():
-    before = psutil.Process().memory_info().rss
+    before = resident()
     async with ExpertNode(sys.argv[1], sys.argv[2], port=0) as node:
         bank, held = node.bank, node.holding
         for expert in held.experts:
             bank.forward(0, torch.ones(1, 512), torch.tensor([[expert]]), torch.ones(1, 1))
-        print(json.dumps([psutil.Process().memory_info().rss - before, node.nbytes]))
+        print(json.dumps([resident() - before, node.nbytes]))
 asyncio.run(main())
 """
 
@@ -180,15 +182,14 @@ asyncio.run(main())
 @pytest.mark.skipif(kernels() is None, reason="PyTorch's products keep memory of their own")
 @pytest.mark.parametrize("experts", ["0-15", "8-31", "0-31"])
 def test_resident_size_is_that_of_the_shard(tmp_path: Path, experts: str) -> None:
-    """After every expert has been used: no copy, and no page of what others hold."""
-    # Beside the shard of 100 MB and more: up to 2 MiB that Linux maps around a page touched, and PyTorch's
-    # own code, read in at its first use (8 MiB on one machine, 11 on another).
+    """Within 10%, after every expert has been used: no copy, and no page of what others hold."""
+    # Experts of 6 MB: the kernel may map up to 2 MiB around a page that is touched.
     sizes = {"hidden_size": 512, "moe_intermediate_size": 2048, "num_experts": 32, "num_hidden_layers": 1}
     model = write_checkpoint(tmp_path / "model", tiny_config(dtype="bfloat16", **sizes))
     command = [sys.executable, "-c", RESIDENT, str(model), experts]
     output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     grown, nbytes = json.loads(output)
-    assert 0.95 * nbytes < grown < nbytes + (20 << 20)
+    assert 0.9 * nbytes < grown < 1.1 * nbytes
 
 
 @pytest.mark.parametrize("port", [99999, -1, "7077", True, None])

@@ -136,7 +136,7 @@ async def measure_message(
         for _ in range(count):
             await channel.ping()
             at.append(clock())
-    return usual(b - a for a, b in pairwise(at))
+    return _usual(b - a for a, b in pairwise(at))
 
 
 async def measure_work(
@@ -163,10 +163,7 @@ async def calibrate_calls(
 
     generator = torch.Generator().manual_seed(0)
     layers = list(experts.placement.holders)
-    taken, ready = (
-        defaultdict[tuple[str, int], list[float]](list),
-        defaultdict[tuple[str, int], list[float]](list),
-    )
+    taken, ready = (defaultdict[tuple[str, int], list[float]](list) for _ in range(2))
     for number in range(-effort.warm_up(effort.calls), effort.calls):
         for place, rows in enumerate(ROWS):  # by turns: a machine's speed changes within tens of milliseconds
             x = torch.randn(rows, config.hidden_size, generator=generator).to(dtype)
@@ -199,7 +196,7 @@ async def calibrate_calls(
     )
 
 
-def usual(seconds: Iterable[float]) -> float:
+def _usual(seconds: Iterable[float]) -> float:
     """The mean without the slowest tenth. Where a machine has two speeds a median is one of them, and what is
     decoded meets both."""
     kept = sorted(seconds)
@@ -209,7 +206,7 @@ def usual(seconds: Iterable[float]) -> float:
 def _by_rows(taken: Mapping[tuple[str, int], list[float]]) -> dict[str, dict[int, float]]:
     found = defaultdict[str, dict[int, float]](dict)
     for (name, rows), seconds in taken.items():
-        found[name][rows] = usual(seconds)
+        found[name][rows] = _usual(seconds)
     return found
 
 
@@ -306,7 +303,7 @@ async def _steps(engine: AsyncEngine, sequences: Sequence[int], effort: Effort) 
         taken["experts"].append(phases.get("experts", 0.0) / layers)
         taken["head"].append(phases["head"])
         taken["step"].append(seconds - sum(phases.values()))
-    return {name: usual(found) for name, found in taken.items()}
+    return {name: _usual(found) for name, found in taken.items()}
 
 
 async def _token(engine: AsyncEngine, step: dict[str, float], effort: Effort) -> float:
@@ -371,7 +368,7 @@ async def calibrate_drafter(engine: AsyncEngine, drafter: str, depth: int, effor
             drafted = decoder.count.drafted
             if number >= 0 and guesses:
                 taken.append(seconds / guesses)
-    return usual(taken) if taken else 0.0
+    return _usual(taken) if taken else 0.0
 
 
 def _context(engine: AsyncEngine) -> int:
